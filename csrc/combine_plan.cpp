@@ -1,0 +1,175 @@
+// From tensors to CombineParams: everything that can be wrong with shapes, dtypes and devices is found here.
+#include <cmath>
+#include <stdexcept>
+
+#include "pama/combine.h"
+
+namespace pama {
+namespace {
+
+bool same_shape(const TensorView& t, const int64_t* sizes, int ndim) {
+  if (t.ndim != ndim) return false;
+  for (int d = 0; d < ndim; ++d)
+    if (t.sizes[d] != sizes[d]) return false;
+  return true;
+}
+
+// A [B] or [B, T] tensor as a plane; [B] is one row of B tokens.
+Plane plane(const TensorView& t) {
+  if (t.ndim == 1) return {static_cast<char*>(t.data), 0, t.strides[0]};
+  return {static_cast<char*>(t.data), t.strides[0], t.strides[1]};
+}
+
+// No element of a [rows, cols] plane is another one's: nested or disjoint strides.
+bool writable(const Plane& p, int64_t rows, int64_t cols) {
+  if (rows * cols == 0) return true;
+  if ((cols > 1 && p.col == 0) || (rows > 1 && p.row == 0)) return false;
+  return rows <= 1 || cols <= 1 || p.row >= (cols - 1) * p.col + 1 || p.col >= (rows - 1) * p.row + 1;
+}
+
+bool dense(const Plane& p, int64_t rows, int64_t cols) {
+  return (cols <= 1 || p.col == 1) && (rows <= 1 || p.row == cols);
+}
+
+bool overlap(const Plane& a, int64_t a_bytes, const Plane& b, int64_t b_bytes) {
+  return a.data && a.data < b.data + b_bytes && b.data < a.data + a_bytes;
+}
+
+}  // namespace
+
+CombineOptions::CombineOptions(int64_t dim_, double clip_low, double clip_high, bool noon_, const std::string& level_,
+                               const std::string& solver_, const std::string& nan, bool skip_inactive_)
+    : dim(dim_),
+      log_low(clip_low < 1 ? std::log1p(-clip_low) : -HUGE_VAL),
+      log_high(std::log1p(clip_high)),
+      noon(noon_),
+      propagate(nan == "propagate"),
+      skip_inactive(skip_inactive_) {
+  if (log_low <= -kLogRatioLimit) log_low = -HUGE_VAL;  // the clamp would not let anything beyond
+  if (log_high >= kLogRatioLimit) log_high = HUGE_VAL;
+  if (level_ != "batch" && level_ != "sequence" && level_ != "token")
+    throw std::invalid_argument("level: expected 'batch', 'sequence' or 'token', got '" + level_ + "'");
+  if (solver_ != "closed_form" && solver_ != "fixed")
+    throw std::invalid_argument("solver: expected 'closed_form' or 'fixed', got '" + solver_ + "'");
+  level = level_ == "batch" ? Level::kBatch : level_ == "sequence" ? Level::kSequence : Level::kToken;
+  solver = solver_ == "fixed" ? Solver::kFixed : Solver::kClosedForm;
+}
+
+const char* plan_combine(const CombineOptions& options, const CombineTensors& tensors, CombineParams& p) {
+  const TensorView& first = tensors.advantages[0];
+  p.dtype = first.dtype;
+  p.device = first.device;
+  if (!is_float(p.dtype)) return "advantages: expected float32, float64, float16 or bfloat16";
+  if (p.device.type == DeviceType::kOther) return "advantages: expected a CPU or CUDA tensor";
+
+  // Shape of one objective, and a plane for each.
+  int64_t sizes[2];
+  int ndim = 0;
+  if (tensors.listed) {
+    if (first.ndim < 1 || first.ndim > 2) return "advantages: expected tensors [B] or [B, T]";
+    p.n = tensors.n;
+    for (; ndim < first.ndim; ++ndim) sizes[ndim] = first.sizes[ndim];
+    for (int i = 0; i < p.n; ++i) {
+      const TensorView& t = tensors.advantages[i];
+      if (!same_shape(t, sizes, ndim)) return "advantages: expected tensors of one shape";
+      if (t.dtype != p.dtype || !(t.device == p.device)) return "advantages: expected tensors of one dtype and device";
+      p.advantages[i] = plane(t);
+    }
+  } else {
+    if (first.ndim < 2 || first.ndim > 3) return "advantages: expected a tensor [B, N] or [B, T, N]";
+    const int64_t dim = options.dim < 0 ? options.dim + first.ndim : options.dim;
+    if (dim < 0 || dim >= first.ndim) return "dim: out of range";
+    if (first.sizes[dim] < 1 || first.sizes[dim] > kMaxObjectives) return "advantages: expected 1 to 64 objectives";
+    p.n = static_cast<int>(first.sizes[dim]);
+    int64_t strides[2];
+    for (int d = 0; d < first.ndim; ++d) {
+      if (d == dim) continue;
+      sizes[ndim] = first.sizes[d];
+      strides[ndim++] = first.strides[d];
+    }
+    const int64_t step = first.strides[dim] * size_of(p.dtype);
+    for (int i = 0; i < p.n; ++i) {
+      char* data = static_cast<char*>(first.data) + i * step;
+      p.advantages[i] = ndim == 1 ? Plane{data, 0, strides[0]} : Plane{data, strides[0], strides[1]};
+    }
+  }
+  p.rows = ndim == 1 ? 1 : sizes[0];
+  p.cols = sizes[ndim - 1];
+
+  p.mask = p.log_ratio = p.out = Plane{};
+  if (const TensorView* t = tensors.mask) {
+    if (!same_shape(*t, sizes, ndim)) return "mask: expected the shape of one objective";
+    if (t->dtype == DType::kOther) return "mask: expected a bool, integer or floating tensor";
+    if (!(t->device == p.device)) return "mask: expected the device of advantages";
+    p.mask = plane(*t);
+    p.mask_dtype = t->dtype;
+  }
+  if (const TensorView* t = tensors.log_ratio) {
+    if (!same_shape(*t, sizes, ndim)) return "log_ratio: expected the shape of one objective";
+    if (!is_float(t->dtype)) return "log_ratio: expected a floating tensor";
+    if (!(t->device == p.device)) return "log_ratio: expected the device of advantages";
+    p.log_ratio = plane(*t);
+    p.log_ratio_dtype = t->dtype;
+  }
+  p.reward_weights = nullptr;
+  if (const TensorView* t = tensors.reward_weights) {
+    if (t->ndim != 1 || t->sizes[0] != p.n) return "reward_weights: expected one per objective";
+    if (!is_float(t->dtype)) return "reward_weights: expected a floating tensor";
+    if (!(t->device == p.device)) return "reward_weights: expected the device of advantages";
+    p.reward_weights = t->data;
+    p.reward_stride = t->strides[0];
+    p.reward_dtype = t->dtype;
+    p.weighted = true;
+  }
+
+  const int64_t rows = p.rows, cols = p.cols;
+  if (const TensorView* t = tensors.out) {
+    if (!same_shape(*t, sizes, ndim)) return "out: expected the shape of one objective";
+    if (t->dtype != p.dtype || !(t->device == p.device)) return "out: expected the dtype and device of advantages";
+    p.out = plane(*t);
+    if (!writable(p.out, rows, cols)) return "out: elements share memory";
+    if (dense(p.out, rows, cols)) {  // like torch: only dense pairs are decidable at no cost
+      const int64_t tokens = rows * cols, bytes = tokens * size_of(p.dtype);
+      for (int i = 0; i < p.n; ++i)
+        if (dense(p.advantages[i], rows, cols) && overlap(p.advantages[i], bytes, p.out, bytes))
+          return "out: shares memory with advantages";
+      const bool packed = !tensors.listed && p.n > 1 && p.advantages[0].col == p.n && (rows <= 1 || p.advantages[0].row == cols * p.n);
+      if (packed && overlap(p.advantages[0], bytes * p.n, p.out, bytes)) return "out: shares memory with advantages";
+      if (dense(p.mask, rows, cols) && overlap(p.mask, tokens * size_of(p.mask_dtype), p.out, bytes))
+        return "out: shares memory with mask";
+      if (dense(p.log_ratio, rows, cols) && overlap(p.log_ratio, tokens * size_of(p.log_ratio_dtype), p.out, bytes))
+        return "out: shares memory with log_ratio";
+    }
+  }
+  if (tensors.in_place) {
+    for (int i = 0; i < p.n; ++i) {
+      if (!writable(p.advantages[i], rows, cols)) return "advantages: elements share memory, cannot be written in place";
+      for (int k = 0; k < i; ++k)
+        if (p.advantages[i].data == p.advantages[k].data && rows * cols > 0)
+          return "advantages: elements share memory, cannot be written in place";
+    }
+  }
+
+  p.log_low = options.log_low;
+  p.log_high = options.log_high;
+  p.noon = options.noon;
+  p.propagate = options.propagate;
+  p.skip_inactive = options.skip_inactive;
+  p.in_place = tensors.in_place;
+  p.solver = options.solver;
+  p.level = options.level;
+  p.per_token = p.level == Level::kSequence && ndim == 1;
+  if (p.per_token) p.level = Level::kToken;
+
+  // One long row where every plane's rows follow each other; level sequence needs its rows.
+  auto joins = [&](const Plane& q) { return !q.data || q.row == cols * q.col; };
+  bool flat = p.level != Level::kSequence && joins(p.mask) && joins(p.log_ratio) && joins(p.out);
+  for (int i = 0; flat && i < p.n; ++i) flat = joins(p.advantages[i]);
+  if (flat && rows != 1) {
+    p.cols = rows * cols;
+    p.rows = 1;
+  }
+  return nullptr;
+}
+
+}  // namespace pama

@@ -1,0 +1,320 @@
+// The CPU kernel of `combine`, compiled once per instruction set (csrc/cpu/isa_*.cpp).
+//
+// A tile of tokens is loaded objective by objective into cache-sized scratch, whatever its dtype and layout; everything
+// after that is one arithmetic on unit-stride vectors. Each objective goes through the same operations in the same
+// order wherever it stands, so duplicated objectives tie exactly and permuting objectives permutes bits.
+#include <cmath>
+#include <cstring>
+
+#include "isa.h"
+#include "pama/moments.h"
+#include "pama/solve.h"
+#include "tile.h"
+
+namespace pama {
+namespace PAMA_ISA {
+
+// Sum of the lanes, halving: a fixed tree.
+template <class T, int kLanes>
+inline __attribute__((always_inline)) T fold(const void* lanes) {
+  if constexpr (kLanes == 1) {
+    return *static_cast<const T*>(lanes);
+  } else {
+    typedef T Half __attribute__((vector_size(sizeof(T) * kLanes / 2)));
+    Half low, high;
+    memcpy(&low, lanes, sizeof(Half));
+    memcpy(&high, static_cast<const char*>(lanes) + sizeof(Half), sizeof(Half));
+    low += high;
+    return fold<T, kLanes / 2>(&low);
+  }
+}
+
+template <class C>
+class Kernel {
+  using V = typename Simd<C>::V;
+  using M = typename Simd<C>::M;
+  using I = typename Simd<C>::I;
+  static constexpr int kLanes = Simd<C>::lanes;
+  static constexpr C kInf = std::numeric_limits<C>::infinity();
+
+  static V& vec(C* x) { return *reinterpret_cast<V*>(x); }
+  static M& vec(I* x) { return *reinterpret_cast<M*>(x); }
+  static V all(C x) { return V{} + x; }
+  static M finite(V x) { return (x - x) == V{}; }
+  static double sum(V v) { return static_cast<double>(fold<C, kLanes>(&v)); }
+  static int64_t sum(M v) { return fold<I, kLanes>(&v); }  // at most kTileTokens
+
+ public:
+  explicit Kernel(const CombineParams& params)
+      : p(params), stride(Tile<C>::stride_for(params.n)), adjacent(interleaved(params)),
+        floor(params.noon ? C{0} : -kInf), propagate(M{} - (params.propagate ? 1 : 0)) {
+    for (int i = 0; i < p.n; ++i) scale[i] = static_cast<C>(p.scale(i));
+  }
+
+  // Statistics of the tokens [first, last), merged into moments[n].
+  template <class S>
+  void scan(int64_t first, int64_t last, Moments* moments) {
+    for (int64_t t = first; t < last; t += stride) {
+      const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
+      load<S>(t, count);
+      for (int i = 0; i < p.n; ++i) merge(moments[i], observe<false>(i, count));
+    }
+  }
+
+  // The combination of the tokens [first, last) under fixed weights[n].
+  template <class S>
+  void weigh(int64_t first, int64_t last, const double* weights) {
+    for (int64_t t = first; t < last; t += stride) {
+      const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
+      load_valid(p, t, count, tile);
+      fill(tile.out, 0, count + kLanes - 1, C{0});
+      for (int i = 0; i < p.n; ++i) {
+        const C weight = static_cast<C>(weights[i]);
+        C* x = tile.x;
+        if (weight != 0) load_plane<S>(p, p.advantages[i], t, count, x);  // weight 0: not even read
+        for (int k = 0; k < count; k += kLanes) {
+          V share{};
+          if (weight != 0) {
+            const V raw = vec(x + k), noon = raw < floor ? all(floor) : raw;
+            share = (vec(tile.valid + k) & (finite(raw) | propagate)) ? all(weight) * (noon * scale[i]) : V{};
+            vec(tile.out + k) += share;
+          }
+          if (p.in_place) vec(x + k) = share;
+        }
+        if (p.in_place) store_plane<S>(p, p.advantages[i], t, count, x);
+      }
+      if (!p.in_place) store_plane<S>(p, p.out, t, count, tile.out);
+    }
+  }
+
+  // Level token: statistics, solve and combination of the tokens [first, last).
+  template <class S>
+  void tokens(int64_t first, int64_t last, Moments* moments, TokenShares& shares) {
+    for (int64_t t = first; t < last; t += stride) {
+      const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
+      load<S>(t, count);
+      for (int i = 0; i < p.n; ++i) merge(moments[i], observe<true>(i, count));
+      solve_tokens(t, count, shares);
+      if (p.in_place) {
+        for (int i = 0; i < p.n; ++i) store_plane<S>(p, p.advantages[i], t, count, tile.x + i * stride);
+      } else {
+        store_plane<S>(p, p.out, t, count, tile.out);
+      }
+    }
+  }
+
+ private:
+  template <class S>
+  void load(int64_t t, int count) {
+    load_valid(p, t, count, tile);
+    load_gates(p, t, count, tile);
+    load_objectives<S>(p, adjacent, t, count, tile.x, stride);
+  }
+
+  // One objective of the tile. Leaves `taken` in the tile and, for level token, c-independent A_i in x.
+  template <bool kKeep>
+  Moments observe(int i, int count) {
+    C* x = tile.x + i * stride;
+    I* taken = tile.taken + i * stride;
+
+    V total{}, low = all(kInf), high = all(-kInf);
+    M counted{}, nonfinite{};
+    for (int k = 0; k < count; k += kLanes) {
+      const V raw = vec(x + k);
+      const M valid = vec(tile.valid + k), is_finite = finite(raw), usable = valid & is_finite;
+      const M take = valid & (is_finite | propagate);
+      counted -= usable;
+      nonfinite -= valid & ~is_finite;
+      total += usable ? raw : V{};
+      low = (usable & (raw < low)) ? raw : low;
+      high = (usable & (raw > high)) ? raw : high;
+      vec(x + k) = take ? raw : V{};
+      vec(taken + k) = take;
+    }
+    Moments m = Moments::empty();
+    m.count = sum(counted);
+    m.nonfinite = sum(nonfinite);
+    for (int k = 0; k < kLanes; ++k) {
+      m.min = low[k] < m.min ? low[k] : m.min;
+      m.max = high[k] > m.max ? high[k] : m.max;
+    }
+
+    // Second pass around a mean that need not be exact: the sum of the deviations corrects both moments.
+    const double n = static_cast<double>(m.count > 0 ? m.count : 1);
+    const C centre = static_cast<C>(sum(total) / n);
+    V deviation{}, squares{}, active{};
+    M positive{}, nonzero{}, clipped{};
+    for (int k = 0; k < count; k += kLanes) {
+      const V raw = vec(x + k);
+      const M take = vec(taken + k), usable = take & finite(raw);
+      const V d = usable ? raw - centre : V{};
+      deviation += d;
+      squares += d * d;
+      positive -= usable & (raw > V{});
+      const V noon = raw < floor ? all(floor) : raw, advantage = noon * scale[i];
+      const V gated = gate(advantage, k);
+      active += gated;
+      const M is_nonzero = take & (noon != V{});
+      nonzero -= is_nonzero;
+      clipped -= is_nonzero & (gated == V{});
+      if (kKeep) vec(x + k) = advantage;
+    }
+    const double drift = sum(deviation);
+    m.mean = static_cast<double>(centre) + drift / n;
+    const double m2 = sum(squares) - drift * drift / n;
+    m.m2 = m2 < 0.0 ? 0.0 : m2;
+    m.active = sum(active);
+    m.positive = sum(positive);
+    m.nonzero = sum(nonzero);
+    m.clipped = sum(clipped);
+    return m;
+  }
+
+  // I(A): the advantage where its side of the ratio is within the clip, else 0.
+  V gate(V advantage, int k) const {
+    const M open = advantage > V{} ? vec(const_cast<I*>(tile.not_above) + k) : vec(const_cast<I*>(tile.not_below) + k);
+    return open ? advantage : V{};
+  }
+
+  // Theorem 1 for kLanes tokens at a time; `x` holds A_i on entry and, in place, c_i A_i on return.
+  void solve_tokens(int64_t first, int count, TokenShares& shares) {
+    V share_sum[kMaxObjectives] = {};
+    V value_sum{};
+    M used_count{};
+    for (int k = 0; k < count; k += kLanes) {
+      V low = all(kInf), high = all(-kInf), at_low{}, at_high{};
+      M used{}, kept_any{}, undefined{};
+      for (int i = 0; i < p.n; ++i) {
+        const M take = vec(tile.taken + i * stride + k);
+        const V a = gate(vec(tile.x + i * stride + k), k);
+        const M kept = p.skip_inactive ? take & (a != V{}) : take;
+        at_low = (kept & (a < low)) ? all(1) : at_low + ((kept & (a == low)) ? all(1) : V{});
+        at_high = (kept & (a > high)) ? all(1) : at_high + ((kept & (a == high)) ? all(1) : V{});
+        low = (kept & (a < low)) ? a : low;
+        high = (kept & (a > high)) ? a : high;
+        undefined |= take & (a != a);
+        used |= take;
+        kept_any |= kept;
+      }
+      if (p.skip_inactive) {  // nobody active: all that have data, each with a_i = 0
+        V present{};
+        for (int i = 0; i < p.n; ++i) present += vec(tile.taken + i * stride + k) ? all(1) : V{};
+        low = kept_any ? low : V{};
+        high = kept_any ? high : V{};
+        at_low = kept_any ? at_low : present;
+      }
+      const Split<V> total = split(low, high);
+      const V low_share = total.low / at_low, high_share = total.high / at_high;
+      V combined{}, value = project(low, high);
+      if (p.solver == Solver::kFixed) value = V{};
+      for (int i = 0; i < p.n; ++i) {
+        const M take = vec(tile.taken + i * stride + k);
+        const V advantage = vec(tile.x + i * stride + k), a = gate(advantage, k);
+        V c;
+        if (p.solver == Solver::kFixed) {
+          c = all(static_cast<C>(p.fixed_weight(i)));
+          value += (take & (c != V{})) ? c * a : V{};
+        } else {
+          const M kept = p.skip_inactive ? take & ((a != V{}) | ~kept_any) : take;
+          c = ((kept & (a == low)) ? low_share : V{}) + ((kept & (a == high) & (total.high != V{})) ? high_share : V{});
+          c = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : c;
+          share_sum[i] += used ? c : V{};
+        }
+        const V contribution = (take & (c != V{})) ? c * advantage : V{};
+        combined += contribution;
+        if (p.in_place) vec(tile.x + i * stride + k) = contribution;
+        if (p.per_token) write_weights(first + k, smaller(kLanes, count - k), i, c, used);
+      }
+      if (p.solver == Solver::kClosedForm) value = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : value;
+      value = used ? value : V{};
+      vec(tile.out + k) = combined;
+      value_sum += value;
+      used_count -= used;
+      if (p.per_token) {
+        C* values = static_cast<C*>(p.packed) + (kStatistics + p.tokens()) * p.n + first + k;
+        for (int l = 0; l < smaller(kLanes, count - k); ++l) values[l] = value[l];
+      }
+    }
+    for (int i = 0; i < p.n; ++i) shares.weights[i] += sum(share_sum[i]);
+    shares.value += sum(value_sum);
+    shares.used += sum(used_count);
+  }
+
+  void write_weights(int64_t token, int m, int i, V c, M used) const {
+    C* weights = static_cast<C*>(p.packed) + (kStatistics + token) * p.n + i;
+    const bool fixed = p.solver == Solver::kFixed;
+    for (int l = 0; l < m; ++l) weights[l * p.n] = fixed || used[l] ? c[l] : static_cast<C>(1.0 / p.n);
+  }
+
+  const CombineParams& p;
+  const int stride;
+  const bool adjacent;
+  const C floor;      // Noon: max(A, 0); otherwise -inf
+  const M propagate;  // all ones if non-finite entries take part
+  C scale[kMaxObjectives];
+  Tile<C> tile;
+};
+
+namespace {
+
+template <class F>
+void with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kFloat64: return f(double{});
+    case DType::kFloat16: return f(Half{});
+    default: return f(BFloat16{});
+  }
+}
+
+void scan(const CombineParams& p, int64_t first, int64_t last, Moments* moments) {
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    Kernel<typename Storage<S>::Compute>(p).template scan<S>(first, last, moments);
+  });
+}
+
+void weigh(const CombineParams& p, int64_t first, int64_t last, const double* weights) {
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    Kernel<typename Storage<S>::Compute>(p).template weigh<S>(first, last, weights);
+  });
+}
+
+void tokens(const CombineParams& p, int64_t first, int64_t last, Moments* moments, TokenShares& shares) {
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    Kernel<typename Storage<S>::Compute>(p).template tokens<S>(first, last, moments, shares);
+  });
+}
+
+// Level sequence: one solve per row, combined while the row is in cache.
+void sequences(const CombineParams& p, int64_t first, int64_t last, Moments* moments) {
+  with_dtype(p.dtype, [&](auto s) {
+    using S = decltype(s);
+    using C = typename Storage<S>::Compute;
+    Kernel<C> kernel(p);
+    C* weights_out = static_cast<C*>(p.packed) + kStatistics * p.n;
+    C* values_out = weights_out + p.rows * p.n;
+    for (int64_t row = first; row < last; ++row) {
+      Moments of_row[kMaxObjectives];
+      double weights[kMaxObjectives];
+      fill(of_row, 0, p.n, Moments::empty());
+      kernel.template scan<S>(row * p.cols, (row + 1) * p.cols, of_row);
+      values_out[row] = static_cast<C>(solve(p, of_row, weights));
+      for (int i = 0; i < p.n; ++i) weights_out[row * p.n + i] = static_cast<C>(weights[i]);
+      kernel.template weigh<S>(row * p.cols, (row + 1) * p.cols, weights);
+      for (int i = 0; i < p.n; ++i) merge(moments[i], of_row[i]);
+    }
+  });
+}
+
+}  // namespace
+
+#define PAMA_STRING(x) #x
+#define PAMA_NAME(x) PAMA_STRING(x)
+
+const CpuKernels kernels = {PAMA_NAME(PAMA_ISA), scan, weigh, tokens, sequences};
+
+}  // namespace PAMA_ISA
+}  // namespace pama

@@ -1,0 +1,211 @@
+// Moves tiles of tokens between tensors of any dtype and stride and the objective-major scratch of the CPU kernel.
+// Included once per instruction set, inside namespace pama::PAMA_ISA.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "pama/combine.h"
+
+namespace pama {
+namespace PAMA_ISA {
+
+// SIMD vectors of the instruction set this file is compiled for, as GCC and Clang spell them: lanes of C, masks of I.
+template <class C>
+struct Simd {
+  static constexpr int lanes = PAMA_VECTOR_BYTES / static_cast<int>(sizeof(C));
+  using I = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
+  typedef C V __attribute__((vector_size(PAMA_VECTOR_BYTES), may_alias));
+  typedef I M __attribute__((vector_size(PAMA_VECTOR_BYTES), may_alias));
+};
+
+// Templates of the standard library are kept out of these files: the linker merges their copies, and might keep one
+// compiled for instructions that the machine does not have.
+template <class T, class U>
+inline void fill(T* x, int first, int last, U value) {
+  for (int k = first; k < last; ++k) x[k] = value;
+}
+template <class T>
+inline T smaller(T a, T b) {
+  return b < a ? b : a;
+}
+
+constexpr int kTileBytes = 32 * 1024;  // one tile of one array stays in the first-level cache
+constexpr int kTileTokens = 1024;
+
+// Objective i, token t of the tile stands at [i * stride + t]. Entries beyond the tile's last token are not valid.
+template <class C>
+struct Tile {
+  using I = typename Simd<C>::I;
+  static constexpr int kElements = kTileBytes / static_cast<int>(sizeof(C));
+
+  alignas(64) C x[kElements];
+  alignas(64) I taken[kElements];
+  alignas(64) I valid[kTileTokens];
+  alignas(64) I not_above[kTileTokens];  // log_ratio <= log(1 + clip_high)
+  alignas(64) I not_below[kTileTokens];  // log_ratio >= log(1 - clip_low)
+  alignas(64) C out[kTileTokens + 16];
+
+  static int stride_for(int n) { return smaller(kTileTokens, kElements / n / 16 * 16); }
+};
+
+// Calls f(row, col, done, m) for each run of m tokens, within one row, of the tokens [first, first + count).
+template <class F>
+inline __attribute__((always_inline)) void for_runs(const CombineParams& p, int64_t first, int count, F f) {
+  int64_t row = p.rows == 1 ? 0 : first / p.cols, col = first - row * p.cols;
+  for (int done = 0; done < count; ++row, col = 0) {
+    const int m = static_cast<int>(smaller<int64_t>(count - done, p.cols - col));
+    f(row, col, done, m);
+    done += m;
+  }
+}
+
+template <class S>
+inline S* at(const Plane& q, int64_t row, int64_t col) {
+  return reinterpret_cast<S*>(q.data) + row * q.row + col * q.col;
+}
+
+template <class S, class C>
+void load_plane(const CombineParams& p, const Plane& q, int64_t first, int count, C* dst) {
+  for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
+    const S* __restrict src = at<const S>(q, row, col);
+    C* __restrict to = dst + done;
+    if (q.col == 1) {
+      for (int k = 0; k < m; ++k) to[k] = Storage<S>::load(src[k]);
+    } else {
+      for (int k = 0; k < m; ++k) to[k] = Storage<S>::load(src[k * q.col]);
+    }
+  });
+}
+
+template <class S, class C>
+void store_plane(const CombineParams& p, const Plane& q, int64_t first, int count, const C* src) {
+  for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
+    S* __restrict to = at<S>(q, row, col);
+    const C* __restrict from = src + done;
+    if (q.col == 1) {
+      for (int k = 0; k < m; ++k) to[k] = Storage<S>::store(from[k]);
+    } else {
+      for (int k = 0; k < m; ++k) to[k * q.col] = Storage<S>::store(from[k]);
+    }
+  });
+}
+
+// Objectives last and adjacent: all of them in one walk over memory. N = 0: any number.
+template <int N, class S, class C>
+void deinterleave(const S* __restrict src, int m, int n, C* __restrict dst, int stride) {
+  if constexpr (N > 0) {
+    for (int k = 0; k < m; ++k)
+      for (int i = 0; i < N; ++i) dst[i * stride + k] = Storage<S>::load(src[k * N + i]);
+  } else {
+    for (int i = 0; i < n; ++i)
+      for (int k = 0; k < m; ++k) dst[i * stride + k] = Storage<S>::load(src[k * n + i]);
+  }
+}
+
+inline bool interleaved(const CombineParams& p) {
+  const Plane& q = p.advantages[0];
+  if (p.n == 1 || q.col != p.n) return false;
+  for (int i = 1; i < p.n; ++i) {
+    const Plane& r = p.advantages[i];
+    if (r.data != q.data + i * size_of(p.dtype) || r.row != q.row || r.col != q.col) return false;
+  }
+  return true;
+}
+
+template <class S, class C>
+void load_objectives(const CombineParams& p, bool adjacent, int64_t first, int count, C* dst, int stride) {
+  if (!adjacent) {
+    for (int i = 0; i < p.n; ++i) load_plane<S>(p, p.advantages[i], first, count, dst + i * stride);
+    return;
+  }
+  for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
+    const S* src = at<const S>(p.advantages[0], row, col);
+    C* to = dst + done;
+    switch (p.n) {
+      case 2: return deinterleave<2>(src, m, 2, to, stride);
+      case 3: return deinterleave<3>(src, m, 3, to, stride);
+      case 4: return deinterleave<4>(src, m, 4, to, stride);
+      default: return deinterleave<0>(src, m, p.n, to, stride);
+    }
+  });
+}
+
+template <class U, class I>
+void load_mask(const CombineParams& p, int64_t first, int count, U significant, I* valid) {
+  for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
+    const U* __restrict src = at<const U>(p.mask, row, col);
+    I* __restrict to = valid + done;
+    if (p.mask.col == 1) {
+      for (int k = 0; k < m; ++k) to[k] = (src[k] & significant) ? -1 : 0;
+    } else {
+      for (int k = 0; k < m; ++k) to[k] = (src[k * p.mask.col] & significant) ? -1 : 0;
+    }
+  });
+}
+
+// The mask as it is: an entry is valid if any bit is set, the sign of a floating zero apart.
+template <class C>
+void load_valid(const CombineParams& p, int64_t first, int count, Tile<C>& tile) {
+  constexpr int lanes = Simd<C>::lanes;
+  if (!p.mask.data) {
+    fill(tile.valid, 0, count, -1);
+  } else {
+    const bool sign = is_float(p.mask_dtype);
+    switch (size_of(p.mask_dtype)) {
+      case 1: load_mask<uint8_t>(p, first, count, 0xff, tile.valid); break;
+      case 2: load_mask<uint16_t>(p, first, count, sign ? 0x7fff : 0xffff, tile.valid); break;
+      case 4: load_mask<uint32_t>(p, first, count, sign ? 0x7fffffffu : 0xffffffffu, tile.valid); break;
+      default: load_mask<uint64_t>(p, first, count, sign ? ~(uint64_t{1} << 63) : ~uint64_t{0}, tile.valid);
+    }
+  }
+  fill(tile.valid, count, (count + lanes - 1) / lanes * lanes, 0);
+}
+
+// The largest float <= x and the smallest float >= x: comparing against them is comparing against x exactly.
+inline float round_down(double x) {
+  const float f = static_cast<float>(x);
+  return static_cast<double>(f) > x ? nextafterf(f, -HUGE_VALF) : f;
+}
+inline float round_up(double x) { return -round_down(-x); }
+
+template <class S, class C>
+void load_gates_as(const CombineParams& p, int64_t first, int count, Tile<C>& tile) {
+  using L = typename Storage<S>::Compute;
+  L high, low;
+  if constexpr (sizeof(L) == 8) {
+    high = p.log_high, low = p.log_low;
+  } else {
+    high = round_down(p.log_high), low = round_up(p.log_low);
+  }
+  for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
+    const S* __restrict src = at<const S>(p.log_ratio, row, col);
+    auto* __restrict not_above = tile.not_above + done;
+    auto* __restrict not_below = tile.not_below + done;
+    const int64_t step = p.log_ratio.col;
+    for (int k = 0; k < m; ++k) {
+      const L log_u = Storage<S>::load(src[step == 1 ? k : k * step]);
+      not_above[k] = log_u <= high ? -1 : 0;
+      not_below[k] = log_u >= low ? -1 : 0;
+    }
+  });
+}
+
+template <class C>
+void load_gates(const CombineParams& p, int64_t first, int count, Tile<C>& tile) {
+  if (!p.log_ratio.data) {
+    fill(tile.not_above, 0, count, -1);
+    fill(tile.not_below, 0, count, -1);
+    return;
+  }
+  switch (p.log_ratio_dtype) {
+    case DType::kFloat32: return load_gates_as<float>(p, first, count, tile);
+    case DType::kFloat64: return load_gates_as<double>(p, first, count, tile);
+    case DType::kFloat16: return load_gates_as<Half>(p, first, count, tile);
+    default: return load_gates_as<BFloat16>(p, first, count, tile);
+  }
+}
+
+}  // namespace PAMA_ISA
+}  // namespace pama

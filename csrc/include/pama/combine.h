@@ -1,0 +1,104 @@
+// The one parameter struct of `combine` and the functions that fill and run it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "pama/dtype.h"
+#include "pama/hd.h"
+#include "pama/tensor.h"
+
+namespace pama {
+
+constexpr int kMaxObjectives = 64;
+constexpr int kStatistics = 9;  // rows of the packed statistics, in the order of ObjectiveStats
+
+enum class Level : uint8_t { kBatch, kSequence, kToken };
+enum class Solver : uint8_t { kClosedForm, kFixed };
+
+constexpr double kLogRatioLimit = 20.0;  // log_ratio is clamped to this before exp
+
+// What the caller asked for, checked for meaning by Python.
+struct CombineOptions {
+  int64_t dim;                // of the objectives; not used for a list of tensors
+  double log_low, log_high;   // bounds on log_ratio within which I(A) is 1
+  bool noon, propagate, skip_inactive;
+  Level level;
+  Solver solver;
+
+  CombineOptions(int64_t dim, double clip_low, double clip_high, bool noon, const std::string& level,
+                 const std::string& solver, const std::string& nan, bool skip_inactive);
+};
+
+// The tensors of one call; absent ones are null.
+struct CombineTensors {
+  const TensorView* advantages;
+  int n;        // how many views
+  bool listed;  // one view per objective, or one view that holds all of them along `dim`
+  const TensorView* mask;
+  const TensorView* log_ratio;
+  const TensorView* reward_weights;
+  const TensorView* out;
+  bool in_place;
+};
+
+// Everything a kernel needs, passed by value. Tokens are a [rows, cols] grid: [B, T], or [1, B*T] where strides allow.
+struct CombineParams {
+  int n;  // objectives
+  int64_t rows, cols;
+  DType dtype, mask_dtype, log_ratio_dtype, reward_dtype;
+  Device device;
+
+  Plane mask, log_ratio, out;     // data null = absent
+  const void* reward_weights;     // [n] on the device, or null: then reward_values
+  int64_t reward_stride;
+  bool weighted;                  // reward weights given
+
+  double log_low, log_high;  // bounds on log_ratio at which I(A) still is 1
+  bool noon, propagate, skip_inactive, in_place;
+  bool per_token;  // level token, and the token's weights and s* are outputs: "sequence" on rows of one token
+  Level level;
+  Solver solver;
+
+  // Outputs, float64 for float64 advantages and float32 otherwise: statistics [9, n], then weights [n] (level sequence:
+  // [rows, n]), then value [1] ([rows]).
+  void* packed;
+  void* workspace;  // CUDA: Moments [blocks, n]
+
+  Plane advantages[kMaxObjectives];
+  double reward_values[kMaxObjectives];
+
+  PAMA_HD int64_t tokens() const { return rows * cols; }
+  PAMA_HD int64_t solves() const { return level == Level::kSequence ? rows : per_token ? tokens() : 1; }
+  PAMA_HD int64_t packed_size() const { return kStatistics * static_cast<int64_t>(n) + solves() * (n + 1); }
+
+  PAMA_HD double reward_weight(int i) const {
+    if (!reward_weights) return reward_values[i];
+    const int64_t k = i * reward_stride;
+    switch (reward_dtype) {
+      case DType::kFloat64: return static_cast<const double*>(reward_weights)[k];
+      case DType::kFloat32: return static_cast<const float*>(reward_weights)[k];
+      case DType::kFloat16: return to_float(static_cast<const Half*>(reward_weights)[k]);
+      default: return to_float(static_cast<const BFloat16*>(reward_weights)[k]);
+    }
+  }
+  PAMA_HD double fixed_weight(int i) const { return weighted ? reward_weight(i) : 1.0 / n; }
+  // The factor before the solve; the fixed solver uses reward_weights as the weights themselves.
+  PAMA_HD double scale(int i) const { return weighted && solver != Solver::kFixed ? reward_weight(i) : 1.0; }
+};
+
+// Fills `params` (all but packed, workspace and host reward values). Returns null, or what does not fit.
+const char* plan_combine(const CombineOptions& options, const CombineTensors& tensors, CombineParams& params);
+
+// torch's thread pool: torch_parallel_for of the libtorch stable ABI.
+using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void* context);
+
+void launch_combine_cpu(const CombineParams& params, ParallelFor parallel_for);
+const char* cpu_instructions();  // "avx512", "avx2" or "generic": what launch_combine_cpu runs on this machine
+
+#ifdef PAMA_EXT_WITH_CUDA
+int64_t combine_cuda_workspace(const CombineParams& params);  // bytes
+void launch_combine_cuda(const CombineParams& params, void* stream);
+#endif
+
+}  // namespace pama

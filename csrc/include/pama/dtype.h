@@ -1,0 +1,77 @@
+// Storage types and their conversion to and from the type of the arithmetic; shared by host and device.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "pama/hd.h"
+
+namespace pama {
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+PAMA_HD To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+PAMA_HD float to_float(Half h) {
+  const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(h.bits & 0x7fffu) << 13;
+  // 2^112 moves the exponent bias from 15 to 127 and normalises subnormals; inf and NaN keep an all-ones exponent.
+  const uint32_t scaled = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  return bit_cast<float>(sign | scaled | special);
+}
+
+PAMA_HD float to_float(BFloat16 h) { return bit_cast<float>(static_cast<uint32_t>(h.bits) << 16); }
+
+// Round to nearest, ties to even, in both directions of the next two.
+PAMA_HD Half to_half(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x), sign = bits & 0x80000000u, magnitude = bits ^ sign;
+  uint32_t out;
+  if (magnitude >= 0x47800000u) {  // 65536 and above, inf, NaN
+    out = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // subnormal in half: adding 0.5 aligns the last place to 2^-24
+    out = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    out = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  return {static_cast<uint16_t>(out | (sign >> 16))};
+}
+
+PAMA_HD BFloat16 to_bfloat16(float x) {
+  const uint32_t bits = bit_cast<uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+// Arithmetic type of a storage type, and the two conversions.
+template <class S>
+struct Storage {
+  using Compute = S;
+  static PAMA_HD S load(S x) { return x; }
+  static PAMA_HD S store(S x) { return x; }
+};
+template <>
+struct Storage<Half> {
+  using Compute = float;
+  static PAMA_HD float load(Half x) { return to_float(x); }
+  static PAMA_HD Half store(float x) { return to_half(x); }
+};
+template <>
+struct Storage<BFloat16> {
+  using Compute = float;
+  static PAMA_HD float load(BFloat16 x) { return to_float(x); }
+  static PAMA_HD BFloat16 store(float x) { return to_bfloat16(x); }
+};
+
+}  // namespace pama

@@ -1,0 +1,63 @@
+// Statistics of one objective over a set of tokens, and how those of two disjoint sets merge. Host and device.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "pama/combine.h"
+#include "pama/hd.h"
+
+namespace pama {
+
+// All sums in float64. `count` is over valid finite entries, and so are mean, m2, min, max and positive; `nonzero` and
+// `clipped` are over the entries that take part in the combination (the same ones unless nan = "propagate").
+struct Moments {
+  int64_t count, nonfinite, positive, nonzero, clipped;
+  double mean, m2;  // mean, and sum of squared deviations from it
+  double active;    // sum of I(A)
+  double min, max;
+
+  static PAMA_HD Moments empty() { return {0, 0, 0, 0, 0, 0.0, 0.0, 0.0, HUGE_VAL, -HUGE_VAL}; }
+
+  PAMA_HD int64_t taken(bool propagate) const { return propagate ? count + nonfinite : count; }
+  PAMA_HD double scalar() const { return active / static_cast<double>(count > 0 ? count : 1); }  // a_i
+};
+
+// Chan, Golub, LeVeque 1983: never E[x^2] - E[x]^2.
+PAMA_HD void merge(Moments& into, const Moments& from) {
+  if (from.count > 0) {
+    const double na = static_cast<double>(into.count), nb = static_cast<double>(from.count), n = na + nb;
+    const double delta = from.mean - into.mean;
+    into.mean += delta * (nb / n);
+    into.m2 += from.m2 + delta * delta * (na * nb / n);
+    into.min = from.min < into.min ? from.min : into.min;
+    into.max = from.max > into.max ? from.max : into.max;
+  }
+  into.count += from.count;
+  into.nonfinite += from.nonfinite;
+  into.positive += from.positive;
+  into.nonzero += from.nonzero;
+  into.clipped += from.clipped;
+  into.active += from.active;
+}
+
+// Writes the column of objective `i` of the packed [kStatistics, n] statistics.
+template <class C>
+PAMA_HD void write_statistics(const Moments& m, int i, int n, C* packed) {
+  const double count = static_cast<double>(m.count);
+  const double divisor = m.count > 0 ? count : 1.0;
+  const double column[kStatistics] = {
+      count,
+      m.mean,
+      m.count > 1 ? sqrt(m.m2 / (count - 1.0)) : 0.0,
+      m.count > 0 ? m.min : 0.0,
+      m.count > 0 ? m.max : 0.0,
+      static_cast<double>(m.positive) / divisor,
+      static_cast<double>(m.clipped) / static_cast<double>(m.nonzero > 0 ? m.nonzero : 1),
+      m.scalar(),
+      static_cast<double>(m.nonfinite),
+  };
+  for (int k = 0; k < kStatistics; ++k) packed[k * n + i] = static_cast<C>(column[k]);
+}
+
+}  // namespace pama

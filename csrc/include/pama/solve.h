@@ -1,0 +1,81 @@
+// Theorem 1 of arXiv 2508.07768: the projection of 0 onto [min a, max a], and weights that attain it. Host and device.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "pama/combine.h"
+#include "pama/hd.h"
+#include "pama/moments.h"
+
+namespace pama {
+
+// What the minimal and the maximal objectives get in total. `V` is a scalar or, in the CPU kernel, a SIMD vector.
+template <class V>
+struct Split {
+  V low, high;
+};
+
+template <class V>
+PAMA_HD Split<V> split(V low, V high) {
+  const V zero{}, one = zero + 1;
+  const V scale = high > -low ? high : -low;
+  const V width = high / scale - low / scale;  // scaled first: high - low may overflow
+  const auto bottom = (low > zero) | (low == high), top = high < zero;
+  return {bottom ? one : (top ? zero : high / scale / width), bottom ? zero : (top ? one : -low / scale / width)};
+}
+
+template <class V>
+PAMA_HD V project(V low, V high) {
+  const V zero{};
+  return low > zero ? low : (high < zero ? high : zero);
+}
+
+// Which objectives take part: those with data; with skip_inactive only the active ones among them; all if none is left.
+PAMA_HD uint64_t participants(uint64_t has_data, uint64_t active, bool skip_inactive, int n) {
+  const uint64_t kept = skip_inactive ? has_data & active : has_data;
+  if (kept) return kept;
+  return has_data ? has_data : (~uint64_t{0} >> (64 - n));
+}
+
+// weights[0..n) and s* for the scalars a[0..n) of the objectives in `kept`; NaN if one of them is NaN.
+PAMA_HD double solve_closed_form(const double* a, uint64_t kept, int n, double* weights) {
+  double low = HUGE_VAL, high = -HUGE_VAL;
+  int at_low = 0, at_high = 0;
+  bool undefined = false;
+  for (int i = 0; i < n; ++i) {
+    if (!(kept >> i & 1)) continue;
+    undefined |= a[i] != a[i];
+    at_low = a[i] < low ? 1 : at_low + (a[i] == low);
+    at_high = a[i] > high ? 1 : at_high + (a[i] == high);
+    low = a[i] < low ? a[i] : low;
+    high = a[i] > high ? a[i] : high;
+  }
+  const Split<double> share = split(low, high);
+  for (int i = 0; i < n; ++i) {
+    const bool is_low = (kept >> i & 1) && a[i] == low, is_high = (kept >> i & 1) && a[i] == high;
+    weights[i] = undefined ? NAN : (is_low ? share.low / at_low : 0.0) + (is_high ? share.high / at_high : 0.0);
+  }
+  return undefined ? NAN : project(low, high);
+}
+
+// Weights of one pool of tokens (the batch, or one row) from its moments; returns s*.
+PAMA_HD double solve(const CombineParams& p, const Moments* m, double* weights) {
+  double a[kMaxObjectives];
+  uint64_t has_data = 0, active = 0;
+  double value = 0.0;
+  for (int i = 0; i < p.n; ++i) {
+    a[i] = m[i].scalar();
+    has_data |= uint64_t{m[i].taken(p.propagate) > 0} << i;
+    active |= uint64_t{m[i].nonzero > m[i].clipped} << i;
+  }
+  if (p.solver == Solver::kClosedForm)
+    return solve_closed_form(a, participants(has_data, active, p.skip_inactive, p.n), p.n, weights);
+  for (int i = 0; i < p.n; ++i) {
+    weights[i] = p.fixed_weight(i);
+    value += weights[i] != 0.0 ? weights[i] * a[i] : 0.0;
+  }
+  return value;
+}
+
+}  // namespace pama

@@ -1,0 +1,49 @@
+// A tensor as the kernels see it: memory, sizes and strides. Both doors fill these; nothing below them knows torch.
+#pragma once
+
+#include <cstdint>
+
+namespace pama {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt8, kInt16, kInt32, kInt64, kOther };
+
+constexpr bool is_float(DType t) { return t <= DType::kBFloat16; }
+
+constexpr int size_of(DType t) {
+  switch (t) {
+    case DType::kFloat64:
+    case DType::kInt64: return 8;
+    case DType::kFloat32:
+    case DType::kInt32: return 4;
+    case DType::kFloat16:
+    case DType::kBFloat16:
+    case DType::kInt16: return 2;
+    default: return 1;
+  }
+}
+
+enum class DeviceType : uint8_t { kCPU, kCUDA, kOther };
+
+struct Device {
+  DeviceType type;
+  int index;
+  bool operator==(const Device& o) const { return type == o.type && index == o.index; }
+};
+
+// Sizes and strides are borrowed; strides count elements.
+struct TensorView {
+  void* data;
+  DType dtype;
+  Device device;
+  int ndim;
+  const int64_t* sizes;
+  const int64_t* strides;
+};
+
+// A [rows, cols] plane of elements: one objective, the mask, log_ratio or out.
+struct Plane {
+  char* data = nullptr;
+  int64_t row = 0, col = 0;  // strides in elements
+};
+
+}  // namespace pama

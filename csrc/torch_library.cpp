@@ -1,0 +1,171 @@
+// Door 1, the dispatcher: every operator of this package. Libtorch stable ABI, so one binary serves torch 2.10 and later.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "torch_runtime.h"
+
+// advantages: the objectives, each [B] or [B, T]; or, if dim is given, one tensor [B, N] / [B, T, N] with them along dim.
+// mask, log_ratio, out and the first result: [B] / [B, T]. reward_weights: [N], as a tensor or as numbers.
+// packed: statistics [9, N] in the order of ObjectiveStats, weights [N] (level "sequence": [B, N]), value [1] ([B]).
+#define PAMA_COMBINE_OPTIONS                                                                                   \
+  "int? dim, Tensor? mask, Tensor? log_ratio, float clip_low, float clip_high, bool noon, str level, "         \
+  "str solver, Tensor? reward_weights, float[]? reward_values, str nan, bool skip_inactive"
+
+STABLE_TORCH_LIBRARY(pama_ext, m) {
+  m.def("combine(Tensor[] advantages, " PAMA_COMBINE_OPTIONS ") -> (Tensor combined, Tensor packed)");
+  m.def("combine_out(Tensor[] advantages, " PAMA_COMBINE_OPTIONS ", Tensor(a!) out) -> Tensor packed");
+  m.def("combine_(Tensor(a!)[] advantages, " PAMA_COMBINE_OPTIONS ") -> Tensor packed");
+}
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+// The str of a schema. Read by hand: torch 2.13's own conversion to std::string leaks one string per call.
+std::string text(StringHandle handle) {
+  size_t length = 0;
+  const char* data = nullptr;
+  torch_string_length(handle, &length);
+  torch_string_c_str(handle, &data);
+  std::string result(data, length);
+  torch_delete_string(handle);
+  return result;
+}
+
+pama::DType dtype_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return pama::DType::kFloat32;
+    case ScalarType::Double: return pama::DType::kFloat64;
+    case ScalarType::Half: return pama::DType::kFloat16;
+    case ScalarType::BFloat16: return pama::DType::kBFloat16;
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char: return pama::DType::kInt8;
+    case ScalarType::Short:
+    case ScalarType::UInt16: return pama::DType::kInt16;
+    case ScalarType::Int:
+    case ScalarType::UInt32: return pama::DType::kInt32;
+    case ScalarType::Long:
+    case ScalarType::UInt64: return pama::DType::kInt64;
+    default: return pama::DType::kOther;
+  }
+}
+
+pama::TensorView view(const Tensor& t) {
+  const pama::DeviceType type = t.is_cpu()    ? pama::DeviceType::kCPU
+                                : t.is_cuda() ? pama::DeviceType::kCUDA
+                                              : pama::DeviceType::kOther;
+  const int index = type == pama::DeviceType::kCUDA ? t.get_device_index() : 0;
+  return {t.data_ptr(), dtype_of(t.scalar_type()), {type, index}, static_cast<int>(t.dim()), t.sizes().data(),
+          t.strides().data()};
+}
+
+struct Result {
+  Tensor combined, packed;
+};
+
+Result run(const Tensors& advantages, std::optional<int64_t> dim, const MaybeTensor& mask, const MaybeTensor& log_ratio,
+           double clip_low, double clip_high, bool noon, StringHandle level, StringHandle solver,
+           const MaybeTensor& reward_weights, const std::optional<std::vector<double>>& reward_values,
+           StringHandle nan, bool skip_inactive, const MaybeTensor& out, bool in_place) {
+  const pama::CombineOptions options(dim.value_or(-1), clip_low, clip_high, noon, text(level), text(solver), text(nan),
+                                     skip_inactive);
+
+  const int count = static_cast<int>(advantages.size());
+  if (count < 1 || count > pama::kMaxObjectives) throw std::invalid_argument("advantages: expected 1 to 64 tensors");
+  pama::TensorView views[pama::kMaxObjectives], others[4];
+  for (int i = 0; i < count; ++i) views[i] = view(advantages[i]);
+  const MaybeTensor* given[4] = {&mask, &log_ratio, &reward_weights, &out};
+  const pama::TensorView* optional[4] = {};
+  for (int k = 0; k < 4; ++k)
+    if (given[k]->has_value()) optional[k] = &(others[k] = view(given[k]->value()));
+
+  pama::CombineParams params;
+  params.weighted = reward_values.has_value();
+  if (const char* problem = pama::plan_combine(
+          options, {views, count, !dim.has_value(), optional[0], optional[1], optional[2], optional[3], in_place}, params))
+    throw std::invalid_argument(problem);
+  if (reward_values) {
+    if (static_cast<int>(reward_values->size()) != params.n)
+      throw std::invalid_argument("reward_weights: expected one per objective");
+    for (int i = 0; i < params.n; ++i) params.reward_values[i] = (*reward_values)[i];
+  }
+
+  const Tensor& first = advantages[0];
+  const ScalarType compute = params.dtype == pama::DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  Result result;
+  if (out) {
+    result.combined = *out;
+  } else if (!in_place) {
+    std::vector<int64_t> sizes(first.sizes().begin(), first.sizes().end());
+    if (dim) sizes.erase(sizes.begin() + (*dim < 0 ? *dim + first.dim() : *dim));
+    result.combined = torch::stable::empty(sizes, first.scalar_type(), std::nullopt, first.device());
+    params.out = {static_cast<char*>(result.combined.data_ptr()), params.cols, 1};
+  }
+  result.packed = torch::stable::empty({params.packed_size()}, compute, std::nullopt, first.device());
+  params.packed = result.packed.data_ptr();
+  Tensor workspace;
+  if (const int64_t bytes = pama::combine_workspace(params)) {
+    workspace = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, first.device());
+    params.workspace = workspace.data_ptr();
+  }
+  void* stream = nullptr;
+  if (params.device.type == pama::DeviceType::kCUDA &&
+      (!aoti_torch_get_current_cuda_stream || aoti_torch_get_current_cuda_stream(params.device.index, &stream)))
+    throw std::runtime_error("pama_ext: torch did not tell the current CUDA stream");
+  pama::run_combine(params, stream);
+  return result;
+}
+
+std::tuple<Tensor, Tensor> combine(Tensors advantages, std::optional<int64_t> dim, MaybeTensor mask,
+                                   MaybeTensor log_ratio, double clip_low, double clip_high, bool noon,
+                                   StringHandle level, StringHandle solver, MaybeTensor reward_weights,
+                                   std::optional<std::vector<double>> reward_values, StringHandle nan,
+                                   bool skip_inactive) {
+  const Result r = run(advantages, dim, mask, log_ratio, clip_low, clip_high, noon, level, solver, reward_weights,
+                       reward_values, nan, skip_inactive, std::nullopt, false);
+  return {r.combined, r.packed};
+}
+
+Tensor combine_out(Tensors advantages, std::optional<int64_t> dim, MaybeTensor mask, MaybeTensor log_ratio,
+                   double clip_low, double clip_high, bool noon, StringHandle level, StringHandle solver,
+                   MaybeTensor reward_weights, std::optional<std::vector<double>> reward_values, StringHandle nan,
+                   bool skip_inactive, Tensor out) {
+  return run(advantages, dim, mask, log_ratio, clip_low, clip_high, noon, level, solver, reward_weights, reward_values,
+             nan, skip_inactive, out, false)
+      .packed;
+}
+
+Tensor combine_(Tensors advantages, std::optional<int64_t> dim, MaybeTensor mask, MaybeTensor log_ratio,
+                double clip_low, double clip_high, bool noon, StringHandle level, StringHandle solver,
+                MaybeTensor reward_weights, std::optional<std::vector<double>> reward_values, StringHandle nan,
+                bool skip_inactive) {
+  return run(advantages, dim, mask, log_ratio, clip_low, clip_high, noon, level, solver, reward_weights, reward_values,
+             nan, skip_inactive, std::nullopt, true)
+      .packed;
+}
+
+template <class Library>
+void register_kernels(Library& m) {
+  m.impl("combine", TORCH_BOX(&combine));
+  m.impl("combine_out", TORCH_BOX(&combine_out));
+  m.impl("combine_", TORCH_BOX(&combine_));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(pama_ext, CPU, m) { register_kernels(m); }
+#ifdef PAMA_EXT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(pama_ext, CUDA, m) { register_kernels(m); }
+#endif

@@ -1,0 +1,30 @@
+// What both doors need of torch at run time, through its stable C interface only.
+#pragma once
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include "pama/combine.h"
+
+// In libtorch_cuda; null in a CPU-only torch, where nothing calls it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+namespace pama {
+
+inline void run_combine(const CombineParams& params, void* stream) {
+#ifdef PAMA_EXT_WITH_CUDA
+  if (params.device.type == DeviceType::kCUDA) return launch_combine_cuda(params, stream);
+#endif
+  (void)stream;
+  launch_combine_cpu(params, torch_parallel_for);
+}
+
+// Bytes behind the packed results that the kernel wants for itself.
+inline int64_t combine_workspace(const CombineParams& params) {
+#ifdef PAMA_EXT_WITH_CUDA
+  if (params.device.type == DeviceType::kCUDA) return combine_cuda_workspace(params);
+#endif
+  (void)params;
+  return 0;
+}
+
+}  // namespace pama

@@ -1,0 +1,29 @@
+"""The compiled module (csrc/python_module.cpp)."""
+
+from collections.abc import Callable
+from typing import Any
+
+from pama_ext._result import Combined
+
+class CombineOptions:
+    def __init__(
+        self,
+        dim: int,
+        clip_low: float,
+        clip_high: float,
+        noon: bool,
+        level: str,
+        solver: str,
+        nan: str,
+        skip_inactive: bool,
+    ) -> None: ...
+
+def combine(*arguments: Any) -> Combined | None: ...  # those of pama_ext.combine, in its order
+def combine_(*arguments: Any) -> Combined | None: ...  # the same, out ignored
+def settle(combined: tuple[Any, ...], field: int) -> None: ...
+def set_python_side(combined: type, stats: type, options: Callable[..., CombineOptions]) -> None: ...
+def has_door() -> bool: ...
+def cuda_architectures() -> list[str]: ...
+def cpu_instructions() -> str: ...
+
+built_with_torch: str

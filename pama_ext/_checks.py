@@ -1,0 +1,163 @@
+"""What callers can get wrong, said once: every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pama_ext import _C
+
+MAX_OBJECTIVES = 64
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def options(dim: Any, clip_low: Any, clip_high: Any, noon: Any, level: Any, solver: Any, normalize: Any, nan: Any,
+            skip_inactive: Any, process_group: Any) -> None:  # fmt: skip
+    """Check the arguments of ``combine`` that are not tensors, for their meaning alone."""
+    if isinstance(dim, bool) or not isinstance(dim, Integral):
+        raise TypeError(f"dim: expected an int, got {_kind(dim)}")
+    for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
+        if isinstance(clip, bool) or not isinstance(clip, Real):
+            raise TypeError(f"{name}: expected a float, got {_kind(clip)}")
+        if not clip >= 0:
+            raise ValueError(f"{name}: expected a clip range >= 0, got {clip}")
+    for name, flag in (("noon", noon), ("skip_inactive", skip_inactive)):
+        if not isinstance(flag, (bool, Integral)):
+            raise TypeError(f"{name}: expected a bool, got {_kind(flag)}")
+    if isinstance(level, str) and level == "group":
+        raise NotImplementedError('level="group" is not implemented yet')
+    if isinstance(solver, str) and solver == "min_norm":
+        raise NotImplementedError('solver="min_norm" is not implemented yet')
+    _one_of("level", level, ("batch", "sequence", "token"))
+    _one_of("solver", solver, ("closed_form", "fixed"))
+    _one_of("nan", nan, ("ignore", "propagate"))
+    if normalize is not None:
+        raise NotImplementedError("normalize is not implemented yet")
+    if process_group is not None:
+        raise NotImplementedError("process_group is not implemented yet")
+
+
+def tensors(
+    advantages: Sequence[Any],
+    dim: int | None,
+    mask: Any,
+    log_ratio: Any,
+    reward_weights: Any,
+    out: Any,
+    in_place: bool,
+    names: tuple[Any, ...] | None,
+) -> tuple[Sequence[int], int]:
+    """Check the tensors of ``combine`` and return the shape of one objective and N.
+
+    ``advantages`` is the one tensor that holds all objectives along ``dim``, or, if that is None, a tensor for each.
+    """
+    shape, n = _objectives(advantages, dim, names)
+    first = advantages[0]
+    for name, tensor in (("mask", mask), ("log_ratio", log_ratio), ("out", out)):
+        if tensor is None:
+            continue
+        _tensor(name, tensor)
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected the shape of one objective {_list(shape)}, got {_list(tensor.shape)}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device} as advantages, got {tensor.device}")
+    if mask is not None and (mask.is_complex() or mask.dtype not in FLOATING and mask.is_floating_point()):
+        raise TypeError(f"mask: expected a bool, integer or floating tensor, got {mask.dtype}")
+    if log_ratio is not None and log_ratio.dtype not in FLOATING:
+        raise TypeError(f"log_ratio: expected a floating tensor, got {log_ratio.dtype}")
+    _rewards(reward_weights, first, n)
+    if out is not None:
+        if out.dtype != first.dtype:
+            raise TypeError(f"out: expected {first.dtype} as advantages, got {out.dtype}")
+        if out.requires_grad:
+            raise ValueError("out: expected a tensor that does not require grad")
+    if in_place and any(t.requires_grad for t in advantages):
+        raise ValueError("advantages: expected tensors that do not require grad, as they are written in place")
+    return shape, n
+
+
+def _objectives(advantages: Sequence[Any], dim: int | None, names: tuple[Any, ...] | None) -> tuple[Sequence[int], int]:
+    if not advantages:
+        raise ValueError("advantages: expected at least one objective, got none")
+    for i, tensor in enumerate(advantages):
+        name = "advantages" if dim is not None else f"advantages[{names[i] if names else i!r}]"
+        _tensor(name, tensor)
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
+    if names is not None and not all(isinstance(name, str) for name in names):
+        raise TypeError(f"advantages: expected str keys, got {names!r}")
+    first = advantages[0]
+    if first.device.type == "cuda" and not _C.cuda_architectures():
+        raise ValueError(f"advantages: on {first.device}, but this build has no CUDA kernels (see PAMA_EXT_CUDA)")
+    if first.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"advantages: expected a CPU or CUDA tensor, got {first.device}")
+
+    if dim is None:
+        shape, n = first.shape, len(advantages)
+        if len(shape) not in (1, 2):
+            raise ValueError(f"advantages: expected tensors [B] or [B, T], got {_list(shape)}")
+        for i, tensor in enumerate(advantages[1:], 1):
+            for what in ("shape", "dtype", "device"):
+                ours, theirs = getattr(tensor, what), getattr(first, what)
+                if ours != theirs:
+                    kind = TypeError if what == "dtype" else ValueError
+                    raise kind(f"advantages: expected one {what} for all, got {theirs} and, at {i}, {ours}")
+    else:
+        if first.dim() not in (2, 3):
+            raise ValueError(f"advantages: expected [B, N] or [B, T, N], got {_list(first.shape)}")
+        if not -first.dim() <= dim < first.dim():
+            raise ValueError(f"dim: expected from {-first.dim()} to {first.dim() - 1}, got {dim}")
+        dim %= first.dim()
+        shape, n = first.shape[:dim] + first.shape[dim + 1 :], first.shape[dim]
+    if not 1 <= n <= MAX_OBJECTIVES:
+        raise ValueError(f"advantages: expected from 1 to {MAX_OBJECTIVES} objectives, got {n}")
+    return shape, n
+
+
+def _rewards(reward_weights: Any, first: Tensor, n: int) -> None:
+    if reward_weights is None:
+        return
+    if isinstance(reward_weights, Tensor):
+        if reward_weights.dtype not in FLOATING:
+            raise TypeError(f"reward_weights: expected a floating tensor, got {reward_weights.dtype}")
+        if reward_weights.shape != (n,):
+            raise ValueError(f"reward_weights: expected shape [{n}], got {_list(reward_weights.shape)}")
+        if reward_weights.device != first.device:
+            raise ValueError(f"reward_weights: expected device {first.device} as advantages, got {reward_weights.device}")
+        return
+    if isinstance(reward_weights, (str, bytes)) or not isinstance(reward_weights, Sequence):
+        raise TypeError(f"reward_weights: expected a tensor or a sequence of floats, got {_kind(reward_weights)}")
+    for weight in reward_weights:
+        if isinstance(weight, bool) or not isinstance(weight, Real):
+            raise TypeError(f"reward_weights: expected floats, got {_kind(weight)}")
+        if not math.isfinite(weight):
+            raise ValueError(f"reward_weights: expected finite numbers, got {weight}")
+    if len(reward_weights) != n:
+        raise ValueError(f"reward_weights: expected one per objective ({n}), got {len(reward_weights)}")
+
+
+def _tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {_kind(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a strided tensor, got {value.layout}")
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected a str, got {_kind(value)}")
+    if value not in allowed:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _kind(value: Any) -> str:
+    return f"a {type(value).__name__}"
+
+
+def _list(shape: Sequence[int]) -> str:
+    return str(list(shape))

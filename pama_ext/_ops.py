@@ -1,0 +1,49 @@
+"""Loads the compiled module; fake kernels and the no-grad rule of its operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from pama_ext import _C  # noqa: F401  registers torch.ops.pama_ext
+except ImportError as error:
+    raise ImportError(
+        f"pama_ext's compiled module does not load with torch {torch.__version__} ({error}). "
+        "It needs torch >= 2.10; from a source tree, build it with: pip install --no-build-isolation -e ."
+    ) from error
+
+STATISTICS = 9  # fields of ObjectiveStats, rows of the packed statistics
+
+_library = torch.library.Library("pama_ext", "FRAGMENT")
+OPERATORS = ("combine", "combine_out", "combine_")
+
+
+def _packed(advantages: list[Tensor], dim: int | None, level: str) -> Tensor:
+    first = advantages[0]
+    n = len(advantages) if dim is None else first.shape[dim]
+    solves: Any = 1
+    if level == "sequence":
+        solves = first.shape[0] if dim is None or dim % first.dim() else first.shape[1]
+    wide = first.dtype == torch.float64
+    return first.new_empty(STATISTICS * n + solves * (n + 1), dtype=torch.float64 if wide else torch.float32)
+
+
+@torch.library.register_fake("pama_ext::combine", lib=_library)
+def _(advantages: list[Tensor], dim: int | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    first = advantages[0]
+    shape = first.shape if dim is None else first.shape[: dim % first.dim()] + first.shape[dim % first.dim() + 1 :]
+    return first.new_empty(shape), _packed(advantages, dim, arguments[5])
+
+
+@torch.library.register_fake("pama_ext::combine_out", lib=_library)
+@torch.library.register_fake("pama_ext::combine_", lib=_library)
+def _(advantages: list[Tensor], dim: int | None, *arguments: Any) -> Tensor:
+    return _packed(advantages, dim, arguments[5])
+
+
+# Advantages are constants of the policy gradient: no output requires grad, whatever the inputs do.
+for _name in OPERATORS:
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")

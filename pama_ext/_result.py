@@ -1,0 +1,130 @@
+"""What ``combine`` returns: :class:`Combined` and :class:`ObjectiveStats`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pama_ext import _C
+
+
+class ObjectiveStats(NamedTuple):
+    """Statistics of each objective over its valid entries: every field ``[N]``, float32 (float64 for float64 input).
+
+    Attributes:
+        count: valid finite entries; the statistics below are over these.
+        mean: mean of the raw input.
+        std: standard deviation of the raw input, correction 1; 0 when ``count <= 1``.
+        min: smallest raw input.
+        max: largest raw input.
+        positive: share of entries > 0, before the Noon clamp.
+        clipped: share with I(A) = 0 among the entries that are non-zero after the Noon clamp.
+        active_mean: a_i = sum of I(A_i) / count, after ``reward_weights``; what the weights are solved from.
+        nonfinite: valid entries that are NaN or infinite.
+
+    Where there is nothing to count, a statistic is 0, never NaN.
+    """
+
+    count: Tensor
+    mean: Tensor
+    std: Tensor
+    min: Tensor
+    max: Tensor
+    positive: Tensor
+    clipped: Tensor
+    active_mean: Tensor
+    nonfinite: Tensor
+
+
+class _Fields(NamedTuple):
+    advantages: Any
+    weights: Tensor
+    value: Tensor
+    stats: ObjectiveStats
+
+
+class Combined(_Fields):
+    """The named tuple ``(advantages, weights, value, stats)`` that :func:`pama_ext.combine` returns.
+
+    Attributes:
+        advantages: the combined advantage, shape of one objective, dtype of the input
+            (:func:`pama_ext.combine_`: the argument itself).
+        weights: c, ``[N]``; ``[B, N]`` at level "sequence"; at level "token" the share of valid tokens at which each
+            objective was the binding one, ties shared.
+        value: s*, ``[]``; ``[B]`` at level "sequence"; at level "token" its mean over the valid tokens.
+        stats: :class:`ObjectiveStats`.
+        names: names of the objectives if the advantages came as a dict, else None (not a field of the tuple).
+
+    All but ``advantages`` live in one small buffer on the device of the input. An eager call leaves those three
+    fields pending and makes their views of the buffer when one is first read: most steps of a training loop
+    read none of them, and eleven views would cost more than the call.
+    """
+
+    names: tuple[str, ...] | None = None
+
+    @property
+    def weights(self) -> Tensor:  # type: ignore[override]
+        """The weights c."""
+        return _field(self, 1)  # type: ignore[no-any-return]
+
+    @property
+    def value(self) -> Tensor:  # type: ignore[override]
+        """The optimal value s*."""
+        return _field(self, 2)  # type: ignore[no-any-return]
+
+    @property
+    def stats(self) -> ObjectiveStats:  # type: ignore[override]
+        """The statistics of each objective."""
+        return _field(self, 3)  # type: ignore[no-any-return]
+
+    def metrics(self, prefix: str = "pama/", names: Sequence[str] | None = None) -> dict[str, float]:
+        """Everything small as floats, moved to the host in one transfer (the only synchronisation of this package).
+
+        Args:
+            prefix: put before every key.
+            names: one name per objective; default :attr:`names`, else "0", "1", ...
+
+        Returns:
+            ``{prefix}value``, ``{prefix}weight/{name}`` and ``{prefix}{statistic}/{name}`` for each field of
+            :class:`ObjectiveStats`. At level "sequence", value and weights are means over the rows.
+
+        Raises:
+            ValueError: ``names`` does not have one entry per objective.
+        """
+        weights, value, stats = self.weights, self.value, self.stats
+        n = stats.count.shape[0]
+        names = names or self.names or [str(i) for i in range(n)]
+        if len(names) != n:
+            raise ValueError(f"names: expected one per objective ({n}), got {len(names)}")
+        if value.dim():
+            rows = max(1, value.shape[0])
+            weights, value = weights.sum(0) / rows, value.sum(0) / rows
+        host = torch.cat([value.reshape(1), weights, *stats]).tolist()
+        keys = [f"{group}/{name}" for group in ("weight", *stats._fields) for name in names]
+        return {prefix + key: number for key, number in zip(["value", *keys], host, strict=True)}
+
+
+def _field(combined: Combined, i: int) -> Any:
+    if not torch.compiler.is_dynamo_compiling():
+        _C.settle(combined, i)
+    return tuple.__getitem__(combined, i)
+
+
+def _settling(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def settled(self: Combined, *args: Any, **kwargs: Any) -> Any:
+        _C.settle(self, 3)
+        return method(self, *args, **kwargs)
+
+    return settled
+
+
+# A tuple's own methods read its items directly, so each of them settles the pending fields first.
+for _name in ("__iter__", "__getitem__", "__contains__", "__add__", "__eq__", "__ne__", "__hash__", "__repr__",
+              "__mul__", "__rmul__", "__lt__", "__le__", "__gt__", "__ge__", "__getnewargs__", "index", "count",
+              "_asdict", "_replace"):  # fmt: skip
+    setattr(Combined, _name, _settling(getattr(_Fields, _name)))
