@@ -65,8 +65,10 @@ def architectures() -> list[tuple[str, str]]:
 
 def cuda_library(nvcc: str) -> Path:
     """Folder of libcudart_static.a, which the module carries so that a CPU-only torch can import it."""
-    home = Path(os.path.realpath(nvcc)).parent.parent
-    for folder in ("lib64", f"targets/{platform.machine()}-linux/lib", f"lib/{platform.machine()}-linux-gnu"):
+    dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"TOP=(\S+)", dry_run.stderr)  # nvcc itself may be a wrapper that lies elsewhere
+    home = Path(top[1] if top else os.path.realpath(nvcc) + "/../..").resolve()
+    for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib", f"lib/{platform.machine()}-linux-gnu"):
         if (home / folder / "libcudart_static.a").exists():
             return home / folder
     sys.exit(f"libcudart_static.a was not found under {home}; PAMA_EXT_CUDA=0 builds without CUDA")

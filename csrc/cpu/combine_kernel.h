@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "isa.h"
+#include "pama/indicator.h"
 #include "pama/moments.h"
 #include "pama/solve.h"
 #include "tile.h"
@@ -41,8 +42,15 @@ class Kernel {
   static M& vec(I* x) { return *reinterpret_cast<M*>(x); }
   static V all(C x) { return V{} + x; }
   static M finite(V x) { return (x - x) == V{}; }
-  static double sum(V v) { return static_cast<double>(fold<C, kLanes>(&v)); }
-  static int64_t sum(M v) { return fold<I, kLanes>(&v); }  // at most kTileTokens
+  // Through memory, and hidden from the optimiser: GCC keeps a vector whose halves it sees taken on the stack, and the
+  // loop that accumulated it then waits for a store and a load each time round.
+  template <class Vector>
+  void spill(Vector v) {
+    memcpy(tile.lanes, &v, sizeof v);
+    asm volatile("" : : "r"(tile.lanes) : "memory");
+  }
+  double sum(V v) { return spill(v), static_cast<double>(fold<C, kLanes>(tile.lanes)); }
+  int64_t sum(M v) { return spill(v), fold<I, kLanes>(tile.lanes); }
 
  public:
   explicit Kernel(const CombineParams& params)
@@ -57,7 +65,7 @@ class Kernel {
     for (int64_t t = first; t < last; t += stride) {
       const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
       load<S>(t, count);
-      for (int i = 0; i < p.n; ++i) merge(moments[i], observe<false>(i, count));
+      for (int i = 0; i < p.n; ++i) observe<false>(i, count, moments[i]);
     }
   }
 
@@ -75,8 +83,8 @@ class Kernel {
         for (int k = 0; k < count; k += kLanes) {
           V share{};
           if (weight != 0) {
-            const V raw = vec(x + k), noon = raw < floor ? all(floor) : raw;
-            share = (vec(tile.valid + k) & (finite(raw) | propagate)) ? all(weight) * (noon * scale[i]) : V{};
+            const V raw = vec(x + k), advantage = noon(raw, all(floor)) * scale[i];
+            share = (vec(tile.valid + k) & (finite(raw) | propagate)) ? all(weight) * advantage : V{};
             vec(tile.out + k) += share;
           }
           if (p.in_place) vec(x + k) = share;
@@ -93,7 +101,7 @@ class Kernel {
     for (int64_t t = first; t < last; t += stride) {
       const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
       load<S>(t, count);
-      for (int i = 0; i < p.n; ++i) merge(moments[i], observe<true>(i, count));
+      for (int i = 0; i < p.n; ++i) observe<true>(i, count, moments[i]);
       solve_tokens(t, count, shares);
       if (p.in_place) {
         for (int i = 0; i < p.n; ++i) store_plane<S>(p, p.advantages[i], t, count, tile.x + i * stride);
@@ -111,70 +119,76 @@ class Kernel {
     load_objectives<S>(p, adjacent, t, count, tile.x, stride);
   }
 
-  // One objective of the tile. Leaves `taken` in the tile and, for level token, c-independent A_i in x.
+  // Statistics of objective i over the tile, merged into `m`. kKeep: leaves A_i in x and, in `taken`, who takes part.
+  //
+  // One pass around a centre near the mean: the sum of the deviations then corrects both moments. The centre is the mean
+  // of what came before; how far this tile's mean lies from it is itself spread that the merged m2 contains, so what
+  // cancels is small against the result. The first tile has no before and looks once more.
   template <bool kKeep>
-  Moments observe(int i, int count) {
+  void observe(int i, int count, Moments& m) {
     C* x = tile.x + i * stride;
     I* taken = tile.taken + i * stride;
+    const C centre = static_cast<C>(m.count > 0 ? m.mean : mean(x, count));
 
-    V total{}, low = all(kInf), high = all(-kInf);
-    M counted{}, nonfinite{};
+    V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
+    M counted{}, nonfinite{}, positive{}, nonzero{}, clipped{};
     for (int k = 0; k < count; k += kLanes) {
-      const V raw = vec(x + k);
-      const M valid = vec(tile.valid + k), is_finite = finite(raw), usable = valid & is_finite;
+      const V entry = vec(x + k);
+      const M valid = vec(tile.valid + k), is_finite = finite(entry), usable = valid & is_finite;
       const M take = valid & (is_finite | propagate);
       counted -= usable;
       nonfinite -= valid & ~is_finite;
-      total += usable ? raw : V{};
-      low = (usable & (raw < low)) ? raw : low;
-      high = (usable & (raw > high)) ? raw : high;
-      vec(x + k) = take ? raw : V{};
-      vec(taken + k) = take;
-    }
-    Moments m = Moments::empty();
-    m.count = sum(counted);
-    m.nonfinite = sum(nonfinite);
-    for (int k = 0; k < kLanes; ++k) {
-      m.min = low[k] < m.min ? low[k] : m.min;
-      m.max = high[k] > m.max ? high[k] : m.max;
-    }
-
-    // Second pass around a mean that need not be exact: the sum of the deviations corrects both moments.
-    const double n = static_cast<double>(m.count > 0 ? m.count : 1);
-    const C centre = static_cast<C>(sum(total) / n);
-    V deviation{}, squares{}, active{};
-    M positive{}, nonzero{}, clipped{};
-    for (int k = 0; k < count; k += kLanes) {
-      const V raw = vec(x + k);
-      const M take = vec(taken + k), usable = take & finite(raw);
-      const V d = usable ? raw - centre : V{};
+      const V d = usable ? entry - centre : V{};
       deviation += d;
       squares += d * d;
-      positive -= usable & (raw > V{});
-      const V noon = raw < floor ? all(floor) : raw, advantage = noon * scale[i];
-      const V gated = gate(advantage, k);
+      const V or_high = usable ? entry : all(kInf), or_low = usable ? entry : all(-kInf);
+      low = or_high < low ? or_high : low;
+      high = or_low > high ? or_low : high;
+      positive -= usable & (entry > V{});
+
+      const V positive_part = noon(take ? entry : V{}, all(floor)), advantage = positive_part * scale[i];
+      const V gated = gated_at(advantage, k);
       active += gated;
-      const M is_nonzero = take & (noon != V{});
+      const M is_nonzero = positive_part != V{};
       nonzero -= is_nonzero;
       clipped -= is_nonzero & (gated == V{});
-      if (kKeep) vec(x + k) = advantage;
+      if (kKeep) {
+        vec(x + k) = advantage;
+        vec(taken + k) = take;
+      }
     }
-    const double drift = sum(deviation);
-    m.mean = static_cast<double>(centre) + drift / n;
+    Moments here = Moments::empty();
+    here.count = sum(counted);
+    here.nonfinite = sum(nonfinite);
+    here.positive = sum(positive);
+    here.nonzero = sum(nonzero);
+    here.clipped = sum(clipped);
+    here.active = sum(active);
+    const double n = static_cast<double>(here.count > 0 ? here.count : 1), drift = sum(deviation);
     const double m2 = sum(squares) - drift * drift / n;
-    m.m2 = m2 < 0.0 ? 0.0 : m2;
-    m.active = sum(active);
-    m.positive = sum(positive);
-    m.nonzero = sum(nonzero);
-    m.clipped = sum(clipped);
-    return m;
+    here.mean = static_cast<double>(centre) + drift / n;
+    here.m2 = m2 < 0.0 ? 0.0 : m2;
+    spill(low);
+    for (int k = 0; k < kLanes; ++k) here.min = tile.lanes[k] < here.min ? tile.lanes[k] : here.min;
+    spill(high);
+    for (int k = 0; k < kLanes; ++k) here.max = tile.lanes[k] > here.max ? tile.lanes[k] : here.max;
+    merge(m, here);
   }
 
-  // I(A): the advantage where its side of the ratio is within the clip, else 0.
-  V gate(V advantage, int k) const {
-    const M open = advantage > V{} ? vec(const_cast<I*>(tile.not_above) + k) : vec(const_cast<I*>(tile.not_below) + k);
-    return open ? advantage : V{};
+  double mean(C* x, int count) {
+    V total{};
+    M counted{};
+    for (int k = 0; k < count; k += kLanes) {
+      const V entry = vec(x + k);
+      const M usable = vec(tile.valid + k) & finite(entry);
+      counted -= usable;
+      total += usable ? entry : V{};
+    }
+    const int64_t n = sum(counted);
+    return n > 0 ? sum(total) / static_cast<double>(n) : 0.0;
   }
+
+  V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
 
   // Theorem 1 for kLanes tokens at a time; `x` holds A_i on entry and, in place, c_i A_i on return.
   void solve_tokens(int64_t first, int count, TokenShares& shares) {
@@ -186,7 +200,7 @@ class Kernel {
       M used{}, kept_any{}, undefined{};
       for (int i = 0; i < p.n; ++i) {
         const M take = vec(tile.taken + i * stride + k);
-        const V a = gate(vec(tile.x + i * stride + k), k);
+        const V a = gated_at(vec(tile.x + i * stride + k), k);
         const M kept = p.skip_inactive ? take & (a != V{}) : take;
         at_low = (kept & (a < low)) ? all(1) : at_low + ((kept & (a == low)) ? all(1) : V{});
         at_high = (kept & (a > high)) ? all(1) : at_high + ((kept & (a == high)) ? all(1) : V{});
@@ -209,7 +223,7 @@ class Kernel {
       if (p.solver == Solver::kFixed) value = V{};
       for (int i = 0; i < p.n; ++i) {
         const M take = vec(tile.taken + i * stride + k);
-        const V advantage = vec(tile.x + i * stride + k), a = gate(advantage, k);
+        const V advantage = vec(tile.x + i * stride + k), a = gated_at(advantage, k);
         V c;
         if (p.solver == Solver::kFixed) {
           c = all(static_cast<C>(p.fixed_weight(i)));

@@ -46,6 +46,7 @@ struct Tile {
   alignas(64) I not_above[kTileTokens];  // log_ratio <= log(1 + clip_high)
   alignas(64) I not_below[kTileTokens];  // log_ratio >= log(1 - clip_low)
   alignas(64) C out[kTileTokens + 16];
+  alignas(64) C lanes[16];  // one vector on its way to a scalar
 
   static int stride_for(int n) { return smaller(kTileTokens, kElements / n / 16 * 16); }
 };
@@ -66,15 +67,23 @@ inline S* at(const Plane& q, int64_t row, int64_t col) {
   return reinterpret_cast<S*>(q.data) + row * q.row + col * q.col;
 }
 
+// Step 0: any; the others are known to the compiler, which makes shuffles of them.
+template <int kStep, class S, class C>
+void load_run(const S* __restrict src, int64_t step, int m, C* __restrict dst) {
+  if constexpr (kStep > 0) step = kStep;
+  for (int k = 0; k < m; ++k) dst[k] = Storage<S>::load(src[k * step]);
+}
+
 template <class S, class C>
 void load_plane(const CombineParams& p, const Plane& q, int64_t first, int count, C* dst) {
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
-    const S* __restrict src = at<const S>(q, row, col);
-    C* __restrict to = dst + done;
-    if (q.col == 1) {
-      for (int k = 0; k < m; ++k) to[k] = Storage<S>::load(src[k]);
-    } else {
-      for (int k = 0; k < m; ++k) to[k] = Storage<S>::load(src[k * q.col]);
+    const S* src = at<const S>(q, row, col);
+    switch (q.col) {
+      case 1: return load_run<1>(src, 1, m, dst + done);
+      case 2: return load_run<2>(src, 2, m, dst + done);
+      case 3: return load_run<3>(src, 3, m, dst + done);
+      case 4: return load_run<4>(src, 4, m, dst + done);
+      default: return load_run<0>(src, q.col, m, dst + done);
     }
   });
 }

@@ -23,6 +23,16 @@ struct Moments {
   PAMA_HD double scalar() const { return active / static_cast<double>(count > 0 ? count : 1); }  // a_i
 };
 
+// One more finite entry of the raw input (Welford).
+PAMA_HD void add(Moments& m, double x) {
+  const double delta = x - m.mean;
+  m.mean += delta / static_cast<double>(++m.count);
+  m.m2 += delta * (x - m.mean);
+  m.min = x < m.min ? x : m.min;
+  m.max = x > m.max ? x : m.max;
+  m.positive += x > 0.0;
+}
+
 // Chan, Golub, LeVeque 1983: never E[x^2] - E[x]^2.
 PAMA_HD void merge(Moments& into, const Moments& from) {
   if (from.count > 0) {

@@ -21,7 +21,8 @@ PAMA_HD Split<V> split(V low, V high) {
   const V zero{}, one = zero + 1;
   const V scale = high > -low ? high : -low;
   const V width = high / scale - low / scale;  // scaled first: high - low may overflow
-  const auto bottom = (low > zero) | (low == high), top = high < zero;
+  const auto bottom = (low > zero) | (low == high);
+  const auto top = high < zero;
   return {bottom ? one : (top ? zero : high / scale / width), bottom ? zero : (top ? one : -low / scale / width)};
 }
 

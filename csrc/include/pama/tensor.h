@@ -3,13 +3,15 @@
 
 #include <cstdint>
 
+#include "pama/hd.h"
+
 namespace pama {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt8, kInt16, kInt32, kInt64, kOther };
 
-constexpr bool is_float(DType t) { return t <= DType::kBFloat16; }
+PAMA_HD constexpr bool is_float(DType t) { return t <= DType::kBFloat16; }
 
-constexpr int size_of(DType t) {
+PAMA_HD constexpr int size_of(DType t) {
   switch (t) {
     case DType::kFloat64:
     case DType::kInt64: return 8;
