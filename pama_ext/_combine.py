@@ -176,6 +176,8 @@ def _combine_dispatcher(
         combined, packed = out, torch.ops.pama_ext.combine_out(*arguments, out)
     else:
         combined, packed = torch.ops.pama_ext.combine(*arguments)
+    if (in_place or out is not None) and not _is_tracing():  # as torch's own in-place operators
+        torch.autograd.graph.increment_version(tensors if in_place else [out])
     result = _unpack(combined, packed, n, shape[0] if level == "sequence" else None)
     if names is not None:
         result.names = names

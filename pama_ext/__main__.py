@@ -1,0 +1,131 @@
+"""``python -m pama_ext info | verify``: what is installed here, and whether its kernels compute the reference."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import platform
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pama_ext
+from pama_ext import _C, reference
+from pama_ext._combine import _combine_dispatcher
+
+FACTOR = 4  # our error may be this many times that of PyTorch in the same dtype, plus rounding of the result
+ROUNDINGS = 64
+
+
+def main() -> int:
+    """Run the chosen command; the exit status is 0 if all is well."""
+    parser = argparse.ArgumentParser(prog="python -m pama_ext", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="version, torch, doors in use, CUDA architectures, devices, threads")
+    commands.add_parser("verify", help="compare every kernel with the reference on every device present")
+    return {"info": info, "verify": verify}[parser.parse_args().command]()
+
+
+def info() -> int:
+    """Print what is installed and, if binary and hardware do not fit, what to do."""
+    architectures = _C.cuda_architectures()
+    doors = ["dispatcher (torch.ops.pama_ext)"]
+    if _C.has_door():
+        doors.insert(0, "eager (DLPack exchange)")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows = {
+        "pama_ext": pama_ext.__version__,
+        "torch": f"{torch.__version__} (built with {_C.built_with_torch})",
+        "python": platform.python_version(),
+        "doors": ", ".join(doors),
+        "cpu": f"{_C.cpu_instructions()}, {torch.get_num_threads()} threads",
+        "cuda kernels": " ".join(architectures) or "none",
+        "cuda devices": ", ".join(devices) or "none",
+    }
+    for name, value in rows.items():
+        print(f"{name:<13}{value}")
+    return _advise(architectures)
+
+
+def _advise(architectures: list[str]) -> int:
+    """Say in one line what does not fit, if anything."""
+    if not _C.has_door():
+        print("note: this torch has no DLPack exchange; calls take the dispatcher, a few microseconds more. torch >= 2.11 has it.")
+    if torch.cuda.is_available() and not architectures:
+        print("a CUDA device is here but this build has no CUDA kernels: rebuild with PAMA_EXT_CUDA=1 and nvcc installed")
+        return 1
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        if not any(_runs(name, major, minor) for name in architectures):
+            print(f"no kernel for cuda:{i} (sm_{major}{minor}): rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}")
+            return 1
+    return 0
+
+
+def _runs(name: str, major: int, minor: int) -> bool:
+    """Whether code for ``sm_XY`` (same major) or ``compute_XY`` (any later) runs on a device of this capability."""
+    kind, number = name.split("_")
+    theirs = int(number[:-1]), int(number[-1])
+    if kind == "compute":
+        return theirs <= (major, minor)
+    return theirs[0] == major and theirs[1] <= minor
+
+
+def verify() -> int:
+    """Compare both doors with the float64 reference over dtypes, levels, solvers and layouts, on every device."""
+    devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count()) if _C.cuda_architectures()]
+    failures = 0
+    for device in devices:
+        count = wrong = 0
+        for case in _cases(device):
+            count += 1
+            for problem in _compare(**case):
+                wrong += 1
+                print(f"  {device}: {problem} in {case['options']}, {tuple(case['advantages'].shape)}", file=sys.stderr)
+        failures += wrong
+        print(f"{device}: {count} cases through {1 + _C.has_door()} doors, {wrong} differ from the reference")
+    return int(failures > 0)
+
+
+def _cases(device: str) -> Iterator[dict[str, Any]]:
+    """Random problems over dtypes, levels, solvers and sizes; NaN stands behind every mask."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    shapes = ((64, 3), (7, 130, 2), (33, 257, 5), (3, 100, 64))
+    for dtype, level, solver, shape, noon in itertools.product(
+        dtypes, ("batch", "sequence", "token"), ("closed_form", "fixed"), shapes, (True, False)
+    ):
+        advantages = torch.randn(shape, generator=generator)
+        mask = torch.rand(shape[:-1], generator=generator) < 0.8
+        advantages[~mask] = float("nan")
+        log_ratio = torch.randn(shape[:-1], generator=generator) * 0.3
+        yield {
+            "advantages": advantages.to(device, dtype),
+            "options": {"level": level, "solver": solver, "noon": noon},
+            "tensors": {"mask": mask.to(device), "log_ratio": log_ratio.to(device)},
+        }
+
+
+def _compare(advantages: Tensor, options: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
+    exact = _flat(reference.combine(advantages.double(), **tensors, **options))
+    eager = _flat(reference.combine(advantages, **tensors, **options))
+    doors = (pama_ext.combine, _combine_dispatcher) if _C.has_door() else (_combine_dispatcher,)
+    for door in doors:
+        ours = _flat(door(advantages, **tensors, **options))
+        for name, truth in exact.items():
+            rounding = ROUNDINGS * torch.finfo(eager[name].dtype).eps * truth.abs().amax() if truth.numel() else 0.0
+            allowed = FACTOR * (eager[name].double() - truth).abs().amax() + rounding if truth.numel() else 0.0
+            if truth.numel() and not bool((ours[name].double() - truth).abs().amax() <= allowed):
+                yield name
+
+
+def _flat(result: pama_ext.Combined) -> dict[str, Tensor]:
+    fields = {"advantages": result.advantages, "weights": result.weights, "value": result.value}
+    return {**fields, **result.stats._asdict()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
