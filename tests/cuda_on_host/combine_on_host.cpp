@@ -1,0 +1,39 @@
+// csrc/cuda/combine.cu as a host library for tests/test_cuda_on_host.py.
+#include <vector>
+
+#include "pama/combine.h"
+
+static void call_kernel(const void* argument, const void* kernel) {
+  reinterpret_cast<void (*)(pama::CombineParams)>(const_cast<void*>(kernel))(
+      *static_cast<const pama::CombineParams*>(argument));
+}
+
+#include COMBINE_CU
+
+// Tensors are contiguous: advantages [sizes[0], sizes[1], sizes[2]] with the objectives last, mask bool, log_ratio
+// float32, each or null. Returns the number of blocks, or -1 with what does not fit in `problem`.
+extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes, void* mask, void* log_ratio, void* out,
+                               void* packed, const double* reward_values, int level, int fixed, int noon, int propagate,
+                               int skip_inactive, unsigned order, const char** problem) {
+  using namespace pama;
+  const Device cpu{DeviceType::kCPU, 0};
+  const int64_t strides[3] = {sizes[1] * sizes[2], sizes[2], 1}, plane[2] = {sizes[1], 1};
+  const TensorView a{advantages, static_cast<DType>(dtype), cpu, 3, sizes, strides};
+  const TensorView m{mask, DType::kInt8, cpu, 2, sizes, plane}, l{log_ratio, DType::kFloat32, cpu, 2, sizes, plane};
+  const TensorView o{out, static_cast<DType>(dtype), cpu, 2, sizes, plane};
+  const char* levels[] = {"batch", "sequence", "token"};
+  const CombineOptions options(-1, 0.2, 0.2, noon, levels[level], fixed ? "fixed" : "closed_form",
+                               propagate ? "propagate" : "ignore", skip_inactive);
+  CombineParams p;
+  *problem = plan_combine(options, {&a, 1, false, mask ? &m : nullptr, log_ratio ? &l : nullptr, nullptr,
+                                    out ? &o : nullptr, out == nullptr}, p);
+  if (*problem) return -1;
+  p.weighted = reward_values != nullptr;
+  for (int i = 0; reward_values && i < p.n; ++i) p.reward_values[i] = reward_values[i];
+  std::vector<double> workspace(combine_cuda_workspace(p) / sizeof(double) + 1, NAN);
+  p.workspace = workspace.data();
+  p.packed = packed;
+  host::order = order;
+  launch_combine_cuda(p, nullptr);
+  return blocks_for(p);
+}

@@ -1,0 +1,152 @@
+// Enough of CUDA to run csrc/cuda/*.cu on the host: each block is an OS thread, each of its threads a fiber.
+//
+// Fibers run one after the other, in an order the caller chooses, from one barrier to the next. A correct kernel gives
+// the same bits in every order; one that lacks a barrier does not, since some fiber reads what another has yet to write.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <barrier>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(threads)
+#define __shared__ static thread_local  // one copy per OS thread, that is per block
+
+struct dim3 {
+  unsigned x;
+  explicit dim3(unsigned x_) : x(x_) {}
+};
+struct Index {
+  int x;
+};
+inline thread_local Index threadIdx, blockIdx, gridDim;
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr int cudaSuccess = 0, cudaDevAttrMultiProcessorCount = 0;
+inline const char* cudaGetErrorString(int) { return "none"; }
+inline int cudaGetLastError() { return cudaSuccess; }
+inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline int cudaSetDevice(int) { return cudaSuccess; }
+inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 2, cudaSuccess; }
+inline int64_t min(int64_t a, int64_t b) { return std::min(a, b); }
+
+namespace host {
+
+enum class State { kReady, kWarp, kBlock, kGrid, kDone };
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  State state = State::kReady;
+  double exchange;  // what __shfl_xor_sync shows the others
+};
+
+inline unsigned order = 0;  // 0: ascending, 1: descending, else the seed of a shuffle
+inline thread_local std::vector<Fiber>* fibers;
+inline thread_local ucontext_t scheduler;
+
+inline void wait(State state) {
+  Fiber& self = (*fibers)[threadIdx.x];
+  self.state = state;
+  swapcontext(&self.context, &scheduler);
+}
+
+using Kernel = void (*)(const void* argument, const void* kernel);
+
+inline void run_block(int block, int blocks, int threads, const void* kernel, const void* argument, Kernel call,
+                      std::barrier<>& grid) {
+  static thread_local struct {
+    const void *kernel, *argument;
+    Kernel call;
+  } job;
+  job = {kernel, argument, call};
+  std::vector<Fiber> all(threads);
+  fibers = &all;
+  blockIdx.x = block;
+  gridDim.x = blocks;
+  std::vector<int> turn(threads);
+  std::iota(turn.begin(), turn.end(), 0);
+  if (order == 1) std::reverse(turn.begin(), turn.end());
+  if (order > 1) std::shuffle(turn.begin(), turn.end(), std::mt19937(order));
+
+  constexpr size_t kStack = 128 * 1024;
+  for (Fiber& f : all) {
+    f.stack.reset(new char[kStack]);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.get();
+    f.context.uc_stack.ss_size = kStack;
+    f.context.uc_link = &scheduler;
+    makecontext(&f.context, +[] {
+      job.call(job.argument, job.kernel);
+      (*fibers)[threadIdx.x].state = State::kDone;
+    }, 0);
+  }
+  auto all_wait = [&](int first, int last, State state) {
+    bool some = false;
+    for (int k = first; k < last; ++k) {
+      if (all[k].state != state && all[k].state != State::kDone) return false;
+      some |= all[k].state == state;
+    }
+    return some;
+  };
+  auto release = [&](int first, int last, State state) {
+    for (int k = first; k < last; ++k)
+      if (all[k].state == state) all[k].state = State::kReady;
+  };
+  while (!std::all_of(all.begin(), all.end(), [](const Fiber& f) { return f.state == State::kDone; })) {
+    for (int k : turn) {
+      if (all[k].state != State::kReady) continue;
+      threadIdx.x = k;
+      swapcontext(&scheduler, &all[k].context);
+    }
+    for (int warp = 0; warp < threads; warp += 32)
+      if (all_wait(warp, warp + 32, State::kWarp)) release(warp, warp + 32, State::kWarp);
+    if (all_wait(0, threads, State::kBlock)) release(0, threads, State::kBlock);
+    if (all_wait(0, threads, State::kGrid)) {
+      grid.arrive_and_wait();
+      release(0, threads, State::kGrid);
+    }
+    if (std::none_of(all.begin(), all.end(), [](const Fiber& f) { return f.state == State::kReady; }) &&
+        std::any_of(all.begin(), all.end(), [](const Fiber& f) { return f.state != State::kDone; }))
+      std::terminate();  // threads wait at different barriers: a deadlock on a GPU
+  }
+}
+
+}  // namespace host
+
+inline void __syncthreads() { host::wait(host::State::kBlock); }
+inline void __syncwarp() { host::wait(host::State::kWarp); }
+inline double __shfl_xor_sync(unsigned, double x, int offset) {
+  (*host::fibers)[threadIdx.x].exchange = x;
+  __syncwarp();
+  const double other = (*host::fibers)[threadIdx.x ^ offset].exchange;
+  __syncwarp();
+  return other;
+}
+
+// The kernels of this package take one argument, their parameter struct; the source under test says which.
+inline int run_on_host(const void* kernel, dim3 blocks, int threads, void** arguments, host::Kernel call) {
+  std::barrier<> grid(blocks.x);
+  std::vector<std::thread> workers;
+  for (unsigned b = 0; b < blocks.x; ++b)
+    workers.emplace_back([&, b] { host::run_block(b, blocks.x, threads, kernel, arguments[0], call, grid); });
+  for (std::thread& worker : workers) worker.join();
+  return cudaSuccess;
+}
+#define cudaLaunchKernel(kernel, blocks, threads, arguments, shared, stream) \
+  run_on_host(kernel, blocks, threads, arguments, call_kernel)
+#define cudaLaunchCooperativeKernel cudaLaunchKernel

@@ -1,0 +1,152 @@
+"""The CUDA kernel's own source, compiled for the host and run there: its logic is tested where there is no GPU.
+
+See tests/cuda_on_host/cuda_runtime.h. What it cannot show is what only a device has: memory spaces, launches, streams.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_close, assert_same_bits
+
+from pama_ext import reference
+
+ROOT = Path(__file__).parents[1]
+CXX = os.environ.get("CXX", "c++")
+LEVELS = ("batch", "sequence", "token")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of pama::DType
+ORDERS = (0, 1, 7)  # of the threads of a block: ascending, descending, shuffled
+
+pytestmark = pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler: {CXX}")
+
+
+def build(folder: Path, kernel: Path) -> Callable[..., int]:
+    library = folder / "combine_on_host.so"
+    command = [CXX, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread", f'-DCOMBINE_CU="{kernel}"']
+    command += ["-DPAMA_EXT_WITH_CUDA", f"-I{ROOT}/tests/cuda_on_host", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cuda"]
+    command += [str(ROOT / "tests/cuda_on_host/combine_on_host.cpp"), str(ROOT / "csrc/combine_plan.cpp")]
+    subprocess.run([*command, "-o", str(library)], check=True)
+    return ctypes.CDLL(str(library)).combine_on_host
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
+    return build(tmp_path_factory.mktemp("host"), ROOT / "csrc/cuda/combine.cu")
+
+
+def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_form", noon=True, nan="ignore",
+        skip_inactive=False, reward_weights=None, in_place=False):  # fmt: skip
+    """The advantages (in place: the shares) and the packed results, and the number of blocks that made them."""
+    n, rows = advantages.shape[-1], advantages.shape[0] if level == "sequence" else 1
+    compute = torch.float64 if advantages.dtype == torch.float64 else torch.float32
+    advantages = advantages.clone()
+    out = None if in_place else torch.full(advantages.shape[:-1], float("nan"), dtype=advantages.dtype)
+    packed = torch.full((9 * n + rows * (n + 1),), float("nan"), dtype=compute)
+    rewards = None if reward_weights is None else (ctypes.c_double * n)(*reward_weights)
+    problem = ctypes.c_char_p()
+    pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (mask, log_ratio, out, packed)]
+    blocks = kernel(
+        ctypes.c_void_p(advantages.data_ptr()), DTYPES.index(advantages.dtype), (ctypes.c_int64 * 3)(*advantages.shape),
+        *pointers, rewards, LEVELS.index(level), solver == "fixed", noon, nan == "propagate", skip_inactive, order,
+        ctypes.byref(problem),
+    )  # fmt: skip
+    assert blocks > 0, problem.value
+    return (advantages if in_place else out), packed, blocks
+
+
+def problem(shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    advantages = torch.randn(shape, generator=generator)
+    mask = torch.rand(shape[:-1], generator=generator) < 0.7
+    advantages[torch.rand(shape, generator=generator) < 0.02] = float("inf")
+    advantages[~mask] = float("nan")
+    return advantages.to(dtype), mask, torch.randn(shape[:-1], generator=generator) * 0.3
+
+
+def packed_reference(advantages, mask, log_ratio, **options):
+    result = reference.combine(advantages, mask=mask, log_ratio=log_ratio, **options)
+    return result.advantages, torch.cat([*result.stats, result.weights.flatten(), result.value.flatten()])
+
+
+def assert_results(actual, advantages, mask, log_ratio, **options):
+    """Combined advantages and packed results against float64; sums round by the size of what is summed."""
+    largest = advantages[mask][advantages[mask].isfinite().all(-1)].abs().amax() if mask.any() else torch.zeros(())
+    exact = packed_reference(advantages.double(), mask, log_ratio, **options)
+    eager = packed_reference(advantages, mask, log_ratio, **options)
+    for ours, truth, same_dtype, what in zip(actual, exact, eager, ("advantages", "packed"), strict=True):
+        assert_close(ours, truth, same_dtype, magnitude=torch.maximum(truth.abs(), largest), what=what)
+
+
+CASES = [
+    {"noon": noon, "skip_inactive": skip, "solver": solver, "reward_weights": rewards}
+    for noon, skip, (solver, rewards) in itertools.product(
+        (True, False), (True, False), (("closed_form", None), ("closed_form", 1.5), ("fixed", 0.5))
+    )
+]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v) for v in case.values()))
+def test_one_block_computes_the_reference(kernel, level, case):
+    advantages, mask, log_ratio = problem((4, 90, 3))
+    rewards = None if case["reward_weights"] is None else [case["reward_weights"], 1.0, -0.25]
+    options = {**case, "level": level, "reward_weights": rewards}
+    combined, packed, blocks = run(kernel, advantages, mask, log_ratio, 0, **options)
+    assert blocks == 1
+    assert_results((combined, packed), advantages, mask, log_ratio, **options)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_several_blocks_compute_the_reference_in_any_order_of_threads(kernel, level, dtype):
+    advantages, mask, log_ratio = problem((9, 307, 4), dtype)
+    first = None
+    for order in ORDERS:
+        combined, packed, blocks = run(kernel, advantages, mask, log_ratio, order, level=level)
+        assert blocks > 1
+        first = first or (combined, packed)
+        assert_same_bits(combined, first[0])
+        assert_same_bits(packed, first[1])
+    assert_results(first, advantages, mask, log_ratio, level=level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_in_place_and_propagate(kernel, level):
+    advantages, mask, log_ratio = problem((9, 307, 4))
+    options = {"level": level, "nan": "propagate", "noon": False}
+    shares, packed, _ = run(kernel, advantages, mask, log_ratio, 0, in_place=True, **options)
+    exact = advantages.double()
+    reference.combine_(exact, mask=mask, log_ratio=log_ratio, **options)
+    eager = advantages.clone()
+    reference.combine_(eager, mask=mask, log_ratio=log_ratio, **options)
+    assert_close(shares, exact, eager)
+    exact, eager = (packed_reference(a, mask, log_ratio, **options)[1] for a in (advantages.double(), advantages))
+    assert_close(packed, exact, eager)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", [(0, 5, 2), (5, 0, 2), (1, 1, 1), (3, 70, 64)], ids=str)
+def test_awkward_shapes(kernel, level, shape):
+    advantages, mask, log_ratio = problem(shape)
+    combined, packed, _ = run(kernel, advantages, mask, log_ratio, 0, level=level)
+    assert_results((combined, packed), advantages, mask, log_ratio, level=level)
+
+
+def test_a_missing_barrier_is_noticed(tmp_path):
+    """The negative control: without the barrier between the steps of the tree, the order of threads shows."""
+    source = (ROOT / "csrc/cuda/combine.cu").read_text()
+    with_barrier = "width /= 2) {\n    __syncthreads();\n"
+    assert source.count(with_barrier) == 1
+    broken = tmp_path / "combine.cu"
+    broken.write_text(source.replace(with_barrier, "width /= 2) {\n"))
+    kernel = build(tmp_path, broken)
+    results = [run(kernel, *problem((4, 90, 3)), order, level="batch")[1] for order in ORDERS]
+    assert any(not torch.equal(results[0], other) for other in results[1:])
