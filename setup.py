@@ -118,7 +118,9 @@ class BuildWithNinja(build_ext):
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
             n.build(str(out), rule, str(source), variables={"flags": EXTRA_FLAGS.get(source.stem, "")})
             objects.append(str(out))
-        undefined = "-undefined dynamic_lookup" if sys.platform == "darwin" else "-Wl,--no-as-needed -Wl,--exclude-libs,ALL"
+        undefined = (
+            "-undefined dynamic_lookup" if sys.platform == "darwin" else "-Wl,--no-as-needed -Wl,--exclude-libs,ALL"
+        )
         n.rule("link", f"{cxx} -shared $in {undefined} {libraries} -o $out", description="link $out")
         n.build(str(target), "link", objects)
         n.default(str(target))

@@ -133,7 +133,8 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
       for (int i = 0; i < p.n; ++i)
         if (dense(p.advantages[i], rows, cols) && overlap(p.advantages[i], bytes, p.out, bytes))
           return "out: shares memory with advantages";
-      const bool packed = !tensors.listed && p.n > 1 && p.advantages[0].col == p.n && (rows <= 1 || p.advantages[0].row == cols * p.n);
+      const bool packed =
+          !tensors.listed && p.n > 1 && p.advantages[0].col == p.n && (rows <= 1 || p.advantages[0].row == cols * p.n);
       if (packed && overlap(p.advantages[0], bytes * p.n, p.out, bytes)) return "out: shares memory with advantages";
       if (dense(p.mask, rows, cols) && overlap(p.mask, tokens * size_of(p.mask_dtype), p.out, bytes))
         return "out: shares memory with mask";
@@ -143,7 +144,8 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
   }
   if (tensors.in_place) {
     for (int i = 0; i < p.n; ++i) {
-      if (!writable(p.advantages[i], rows, cols)) return "advantages: elements share memory, cannot be written in place";
+      if (!writable(p.advantages[i], rows, cols))
+        return "advantages: elements share memory, cannot be written in place";
       for (int k = 0; k < i; ++k)
         if (p.advantages[i].data == p.advantages[k].data && rows * cols > 0)
           return "advantages: elements share memory, cannot be written in place";

@@ -85,8 +85,8 @@ pama::Device device_of(DLDevice d) {
   return {pama::DeviceType::kOther, 0};
 }
 
-// The imaginary part of a conjugated complex tensor carries a "negative" bit that the table does not tell. It steps over
-// pairs of reals, so one odd stride rules it out, and the call that asks torch is rarely made.
+// The imaginary part of a conjugated complex tensor carries a "negative" bit that the table does not tell. It steps
+// over pairs of reals, so one odd stride rules it out, and the call that asks torch is rarely made.
 bool may_be_negative_view(const DLTensor& t) {
   for (int d = 0; d < t.ndim; ++d)
     if (t.shape[d] > 1 && t.strides[d] % 2) return false;
@@ -101,7 +101,8 @@ bool read(PyObject* object, DLTensor& t, pama::TensorView& view) {
     return false;
   }
   if (may_be_negative_view(t) && is_true(PyObject_Vectorcall(torch_.is_neg, &object, 1, nullptr))) return false;
-  view = {static_cast<char*>(t.data) + t.byte_offset, dtype_of(t.dtype), device_of(t.device), t.ndim, t.shape, t.strides};
+  view = {
+      static_cast<char*>(t.data) + t.byte_offset, dtype_of(t.dtype), device_of(t.device), t.ndim, t.shape, t.strides};
   return true;
 }
 
@@ -226,9 +227,8 @@ Block* allocate_packed(pama::CombineParams& p) {
 py::object new_combined(PyObject* advantages, Block* packed) {
   auto combined = py::reinterpret_steal<py::object>(combined_type->tp_alloc(combined_type, 4));
   if (!combined) throw py::error_already_set();
-  PyObject* capsule = PyCapsule_New(packed, kPacked, [](PyObject* self) {
-    static_cast<Block*>(PyCapsule_GetPointer(self, kPacked))->release();
-  });
+  PyObject* capsule = PyCapsule_New(
+      packed, kPacked, [](PyObject* self) { static_cast<Block*>(PyCapsule_GetPointer(self, kPacked))->release(); });
   if (!capsule) throw py::error_already_set();
   PyTuple_SET_ITEM(combined.ptr(), 0, Py_NewRef(advantages));
   PyTuple_SET_ITEM(combined.ptr(), 1, Py_NewRef(Py_None));
@@ -302,8 +302,7 @@ py::object new_output(const Inputs& in, int64_t dim, pama::CombineParams& p) {
     PyObject* arguments[] = {in.objects[0], shape.ptr()};
     out = py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch_.new_empty, arguments, 2, nullptr));
     DLTensor made;
-    if (!out || torch_.exchange->dltensor_from_py_object_no_sync(out.ptr(), &made) != 0)
-      throw py::error_already_set();
+    if (!out || torch_.exchange->dltensor_from_py_object_no_sync(out.ptr(), &made) != 0) throw py::error_already_set();
     data = static_cast<char*>(made.data) + made.byte_offset;
   }
   p.out = {static_cast<char*>(data), p.cols, 1};
@@ -312,14 +311,28 @@ py::object new_output(const Inputs& in, int64_t dim, pama::CombineParams& p) {
 
 // Positions of the arguments, those of pama_ext.combine in its order.
 enum Argument {
-  kAdvantages, kDim, kMask, kLogRatio, kClipLow, kClipHigh, kNoon, kLevel, kSolver, kNormalize, kRewardWeights, kNan,
-  kSkipInactive, kOut, kProcessGroup, kArguments
+  kAdvantages,
+  kDim,
+  kMask,
+  kLogRatio,
+  kClipLow,
+  kClipHigh,
+  kNoon,
+  kLevel,
+  kSolver,
+  kNormalize,
+  kRewardWeights,
+  kNan,
+  kSkipInactive,
+  kOut,
+  kProcessGroup,
+  kArguments
 };
 
 // The checked options. A call site passes the same objects again and again, so the last ones are kept.
 const pama::CombineOptions* options_of(PyObject* const* arguments) {
-  constexpr Argument keys[] = {kDim,       kClipLow, kClipHigh,     kNoon,        kLevel,
-                               kSolver, kNormalize, kNan, kSkipInactive, kProcessGroup};
+  constexpr Argument keys[] = {kDim,    kClipLow,   kClipHigh, kNoon,         kLevel,
+                               kSolver, kNormalize, kNan,      kSkipInactive, kProcessGroup};
   static PyObject* last[std::size(keys)] = {};
   static PyObject* owner = nullptr;
   static const pama::CombineOptions* options = nullptr;
@@ -364,7 +377,8 @@ py::object run(PyObject* const* arguments, bool in_place) {
 
   pama::CombineParams params;
   params.weighted = false;
-  if (pama::plan_combine(*options, {in.views, in.count, in.listed, optional[0], optional[1], optional[2], optional[3], in_place},
+  if (pama::plan_combine(*options,
+                         {in.views, in.count, in.listed, optional[0], optional[1], optional[2], optional[3], in_place},
                          params))
     return py::none();
   if (!reward_weights.is_none() && !optional[2]) {

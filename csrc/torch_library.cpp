@@ -1,4 +1,5 @@
-// Door 1, the dispatcher: every operator of this package. Libtorch stable ABI, so one binary serves torch 2.10 and later.
+// Door 1, the dispatcher: every operator of this package. Libtorch stable ABI, so one binary serves torch 2.10 and
+// later.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,11 +13,11 @@
 
 #include "torch_runtime.h"
 
-// advantages: the objectives, each [B] or [B, T]; or, if dim is given, one tensor [B, N] / [B, T, N] with them along dim.
-// mask, log_ratio, out and the first result: [B] / [B, T]. reward_weights: [N], as a tensor or as numbers.
-// packed: statistics [9, N] in the order of ObjectiveStats, weights [N] (level "sequence": [B, N]), value [1] ([B]).
-#define PAMA_COMBINE_OPTIONS                                                                                   \
-  "int? dim, Tensor? mask, Tensor? log_ratio, float clip_low, float clip_high, bool noon, str level, "         \
+// advantages: the objectives, each [B] or [B, T]; or, if dim is given, one tensor [B, N] / [B, T, N] with them along
+// dim. mask, log_ratio, out and the first result: [B] / [B, T]. reward_weights: [N], as a tensor or as numbers. packed:
+// statistics [9, N] in the order of ObjectiveStats, weights [N] (level "sequence": [B, N]), value [1] ([B]).
+#define PAMA_COMBINE_OPTIONS                                                                           \
+  "int? dim, Tensor? mask, Tensor? log_ratio, float clip_low, float clip_high, bool noon, str level, " \
   "str solver, Tensor? reward_weights, float[]? reward_values, str nan, bool skip_inactive"
 
 STABLE_TORCH_LIBRARY(pama_ext, m) {
@@ -67,8 +68,8 @@ pama::TensorView view(const Tensor& t) {
                                 : t.is_cuda() ? pama::DeviceType::kCUDA
                                               : pama::DeviceType::kOther;
   const int index = type == pama::DeviceType::kCUDA ? t.get_device_index() : 0;
-  return {t.data_ptr(), dtype_of(t.scalar_type()), {type, index}, static_cast<int>(t.dim()), t.sizes().data(),
-          t.strides().data()};
+  return {t.data_ptr(),     dtype_of(t.scalar_type()), {type, index}, static_cast<int>(t.dim()),
+          t.sizes().data(), t.strides().data()};
 }
 
 struct Result {
@@ -77,8 +78,8 @@ struct Result {
 
 Result run(const Tensors& advantages, std::optional<int64_t> dim, const MaybeTensor& mask, const MaybeTensor& log_ratio,
            double clip_low, double clip_high, bool noon, StringHandle level, StringHandle solver,
-           const MaybeTensor& reward_weights, const std::optional<std::vector<double>>& reward_values,
-           StringHandle nan, bool skip_inactive, const MaybeTensor& out, bool in_place) {
+           const MaybeTensor& reward_weights, const std::optional<std::vector<double>>& reward_values, StringHandle nan,
+           bool skip_inactive, const MaybeTensor& out, bool in_place) {
   const pama::CombineOptions options(dim.value_or(-1), clip_low, clip_high, noon, text(level), text(solver), text(nan),
                                      skip_inactive);
 
@@ -94,7 +95,8 @@ Result run(const Tensors& advantages, std::optional<int64_t> dim, const MaybeTen
   pama::CombineParams params;
   params.weighted = reward_values.has_value();
   if (const char* problem = pama::plan_combine(
-          options, {views, count, !dim.has_value(), optional[0], optional[1], optional[2], optional[3], in_place}, params))
+          options, {views, count, !dim.has_value(), optional[0], optional[1], optional[2], optional[3], in_place},
+          params))
     throw std::invalid_argument(problem);
   if (reward_values) {
     if (static_cast<int>(reward_values->size()) != params.n)

@@ -53,9 +53,11 @@ def info() -> int:
 def _advise(architectures: list[str]) -> int:
     """Say in one line what does not fit, if anything."""
     if not _C.has_door():
-        print("note: this torch has no DLPack exchange; calls take the dispatcher, a few microseconds more. torch >= 2.11 has it.")
+        print("this torch has no DLPack exchange, so calls go through the dispatcher; torch >= 2.11 has it")
     if torch.cuda.is_available() and not architectures:
-        print("a CUDA device is here but this build has no CUDA kernels: rebuild with PAMA_EXT_CUDA=1 and nvcc installed")
+        print(
+            "a CUDA device is here but this build has no CUDA kernels: rebuild with PAMA_EXT_CUDA=1 and nvcc installed"
+        )
         return 1
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
@@ -104,12 +106,13 @@ def _cases(device: str) -> Iterator[dict[str, Any]]:
         log_ratio = torch.randn(shape[:-1], generator=generator) * 0.3
         yield {
             "advantages": advantages.to(device, dtype),
-            "options": {"level": level, "solver": solver, "noon": noon},
             "tensors": {"mask": mask.to(device), "log_ratio": log_ratio.to(device)},
+            "options": {"level": level, "solver": solver, "noon": noon},
         }
 
 
-def _compare(advantages: Tensor, options: dict[str, Any], tensors: dict[str, Tensor]) -> Iterator[str]:
+def _compare(advantages: Tensor, tensors: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:
+    """Names of the results of either door that are further from float64 than rounding explains."""
     exact = _flat(reference.combine(advantages.double(), **tensors, **options))
     eager = _flat(reference.combine(advantages, **tensors, **options))
     doors = (pama_ext.combine, _combine_dispatcher) if _C.has_door() else (_combine_dispatcher,)

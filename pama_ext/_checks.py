@@ -24,7 +24,7 @@ def options(dim: Any, clip_low: Any, clip_high: Any, noon: Any, level: Any, solv
     for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
         if isinstance(clip, bool) or not isinstance(clip, Real):
             raise TypeError(f"{name}: expected a float, got {_kind(clip)}")
-        if not clip >= 0:
+        if not float(clip) >= 0:
             raise ValueError(f"{name}: expected a clip range >= 0, got {clip}")
     for name, flag in (("noon", noon), ("skip_inactive", skip_inactive)):
         if not isinstance(flag, (bool, Integral)):
@@ -66,7 +66,7 @@ def tensors(
             raise ValueError(f"{name}: expected the shape of one objective {_list(shape)}, got {_list(tensor.shape)}")
         if tensor.device != first.device:
             raise ValueError(f"{name}: expected device {first.device} as advantages, got {tensor.device}")
-    if mask is not None and (mask.is_complex() or mask.dtype not in FLOATING and mask.is_floating_point()):
+    if mask is not None and (mask.is_complex() or (mask.dtype not in FLOATING and mask.is_floating_point())):
         raise TypeError(f"mask: expected a bool, integer or floating tensor, got {mask.dtype}")
     if log_ratio is not None and log_ratio.dtype not in FLOATING:
         raise TypeError(f"log_ratio: expected a floating tensor, got {log_ratio.dtype}")
@@ -128,7 +128,9 @@ def _rewards(reward_weights: Any, first: Tensor, n: int) -> None:
         if reward_weights.shape != (n,):
             raise ValueError(f"reward_weights: expected shape [{n}], got {_list(reward_weights.shape)}")
         if reward_weights.device != first.device:
-            raise ValueError(f"reward_weights: expected device {first.device} as advantages, got {reward_weights.device}")
+            raise ValueError(
+                f"reward_weights: expected device {first.device} as advantages, got {reward_weights.device}"
+            )
         return
     if isinstance(reward_weights, (str, bytes)) or not isinstance(reward_weights, Sequence):
         raise TypeError(f"reward_weights: expected a tensor or a sequence of floats, got {_kind(reward_weights)}")

@@ -56,7 +56,8 @@ def combine(
         dim: the dimension of the objectives; not used for a sequence or dict.
         mask: ``[B]`` or ``[B, T]``, bool, integer or floating: non-zero = valid. What stands at the other positions,
             NaN and inf included, has no influence. None: all valid.
-        log_ratio: ``[B]`` or ``[B, T]``, floating: log pi_theta - log pi_ref, clamped to +-20 before exp. None: I(A) = A.
+        log_ratio: ``[B]`` or ``[B, T]``, floating: log pi_theta - log pi_ref, clamped to +-20 before exp. None: all
+            tokens are active.
         clip_low: lower clip range, >= 0: A < 0 is active where u >= 1 - clip_low.
         clip_high: upper clip range, >= 0: A > 0 is active where u <= 1 + clip_high.
         noon: clamp negative advantages to 0 first; False keeps their sign.
@@ -156,17 +157,17 @@ def _combine_dispatcher(
     out: Tensor | None = None,
     in_place: bool = False,
 ) -> Combined:
-    """Door 1: the same through ``torch.ops.pama_ext``; for compile, export, modes, subclasses, and for saying errors."""
+    """Door 1, ``torch.ops.pama_ext``: for compile, export, modes and subclasses, and for saying what is wrong."""
     names = tuple(advantages) if isinstance(advantages, Mapping) else None
-    single = isinstance(advantages, Tensor)
-    tensors = [advantages] if single else list(advantages.values() if isinstance(advantages, Mapping) else advantages)
-    shape, n = _checks.tensors(tensors, dim if single else None, mask, log_ratio, reward_weights, out, in_place, names)
+    along = dim if isinstance(advantages, Tensor) else None
+    tensors = _listed(advantages)
+    shape, n = _checks.tensors(tensors, along, mask, log_ratio, reward_weights, out, in_place, names)
     values = None
     if reward_weights is not None and not isinstance(reward_weights, Tensor):
         values, reward_weights = [float(w) for w in reward_weights], None
 
     arguments = (
-        tensors, dim if single else None, mask, log_ratio, float(clip_low), float(clip_high), bool(noon), level, solver,
+        tensors, along, mask, log_ratio, float(clip_low), float(clip_high), bool(noon), level, solver,
         reward_weights, values, nan, bool(skip_inactive),
     )  # fmt: skip
     combined: Any
@@ -177,11 +178,22 @@ def _combine_dispatcher(
     else:
         combined, packed = torch.ops.pama_ext.combine(*arguments)
     if (in_place or out is not None) and not _is_tracing():  # as torch's own in-place operators
-        torch.autograd.graph.increment_version(tensors if in_place else [out])
+        torch.autograd.graph.increment_version(tensors if out is None else [out])
     result = _unpack(combined, packed, n, shape[0] if level == "sequence" else None)
     if names is not None:
         result.names = names
     return result
+
+
+def _listed(advantages: Advantages) -> list[Tensor]:
+    if isinstance(advantages, Tensor):
+        return [advantages]
+    if isinstance(advantages, Mapping):
+        return list(advantages.values())
+    if isinstance(advantages, Sequence) and not isinstance(advantages, str):
+        return list(advantages)
+    kind = type(advantages).__name__
+    raise TypeError(f"advantages: expected a tensor, or a sequence or dict of tensors, got a {kind}")
 
 
 def _unpack(combined: Any, packed: Tensor, n: int, rows: int | None) -> Combined:

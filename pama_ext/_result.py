@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ class ObjectiveStats(NamedTuple):
     Where there is nothing to count, a statistic is 0, never NaN.
     """
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count
     mean: Tensor
     std: Tensor
     min: Tensor
@@ -67,19 +67,19 @@ class Combined(_Fields):
     names: tuple[str, ...] | None = None
 
     @property
-    def weights(self) -> Tensor:  # type: ignore[override]
+    def weights(self) -> Tensor:
         """The weights c."""
-        return _field(self, 1)  # type: ignore[no-any-return]
+        return cast(Tensor, _field(self, 1))
 
     @property
-    def value(self) -> Tensor:  # type: ignore[override]
+    def value(self) -> Tensor:
         """The optimal value s*."""
-        return _field(self, 2)  # type: ignore[no-any-return]
+        return cast(Tensor, _field(self, 2))
 
     @property
-    def stats(self) -> ObjectiveStats:  # type: ignore[override]
+    def stats(self) -> ObjectiveStats:
         """The statistics of each objective."""
-        return _field(self, 3)  # type: ignore[no-any-return]
+        return cast(ObjectiveStats, _field(self, 3))
 
     def metrics(self, prefix: str = "pama/", names: Sequence[str] | None = None) -> dict[str, float]:
         """Everything small as floats, moved to the host in one transfer (the only synchronisation of this package).

@@ -40,8 +40,7 @@ void for_parts(ParallelFor parallel_for, int64_t parts, int64_t units, const F& 
   auto run = [](int64_t begin, int64_t end, void* opaque) {
     const Context& c = *static_cast<Context*>(opaque);
     const int64_t size = c.units / c.parts, rest = c.units % c.parts;
-    for (int64_t i = begin; i < end; ++i)
-      c.f(i, i * size + std::min(i, rest), (i + 1) * size + std::min(i + 1, rest));
+    for (int64_t i = begin; i < end; ++i) c.f(i, i * size + std::min(i, rest), (i + 1) * size + std::min(i + 1, rest));
   };
   if (parts == 1) return run(0, 1, &context);
   if (parallel_for(0, parts, 1, run, &context) != 0) throw std::runtime_error("torch_parallel_for failed");
@@ -91,7 +90,8 @@ void run(const CombineParams& p, ParallelFor parallel_for) {
     value = shares.value / std::max(used, 1.0);
   } else {
     value = solve(p, part[0].moments, weights);
-    for_parts(parallel_for, parts, units, [&](int64_t, int64_t first, int64_t last) { kernels.weigh(p, first, last, weights); });
+    for_parts(parallel_for, parts, units,
+              [&](int64_t, int64_t first, int64_t last) { kernels.weigh(p, first, last, weights); });
   }
   C* out = packed + kStatistics * p.n;
   for (int i = 0; i < p.n; ++i) out[i] = static_cast<C>(weights[i]);

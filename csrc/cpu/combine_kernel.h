@@ -54,8 +54,11 @@ class Kernel {
 
  public:
   explicit Kernel(const CombineParams& params)
-      : p(params), stride(Tile<C>::stride_for(params.n)), adjacent(interleaved(params)),
-        floor(params.noon ? C{0} : -kInf), propagate(M{} - (params.propagate ? 1 : 0)) {
+      : p(params),
+        stride(Tile<C>::stride_for(params.n)),
+        adjacent(interleaved(params)),
+        floor(params.noon ? C{0} : -kInf),
+        propagate(M{} - (params.propagate ? 1 : 0)) {
     for (int i = 0; i < p.n; ++i) scale[i] = static_cast<C>(p.scale(i));
   }
 
@@ -121,9 +124,9 @@ class Kernel {
 
   // Statistics of objective i over the tile, merged into `m`. kKeep: leaves A_i in x and, in `taken`, who takes part.
   //
-  // One pass around a centre near the mean: the sum of the deviations then corrects both moments. The centre is the mean
-  // of what came before; how far this tile's mean lies from it is itself spread that the merged m2 contains, so what
-  // cancels is small against the result. The first tile has no before and looks once more.
+  // One pass around a centre near the mean: the sum of the deviations then corrects both moments. The centre is the
+  // mean of what came before; how far this tile's mean lies from it is itself spread that the merged m2 contains, so
+  // what cancels is small against the result. The first tile has no before and looks once more.
   template <bool kKeep>
   void observe(int i, int count, Moments& m) {
     C* x = tile.x + i * stride;

@@ -1,7 +1,7 @@
 // launch_combine_cuda: one launch per call, at every level and size.
 //
-// Tokens are dealt to blocks in equal runs (level "sequence": rows, round robin), and within a block to threads one after
-// the other. Statistics go thread -> block (a tree in shared memory) -> grid (through the workspace and one grid
+// Tokens are dealt to blocks in equal runs (level "sequence": rows, round robin), and within a block to threads one
+// after the other. Statistics go thread -> block (a tree in shared memory) -> grid (through the workspace and one grid
 // barrier, in block order): no atomics, so the same input on the same device gives the same bits. A single block needs
 // no grid barrier and is launched as an ordinary kernel, more than one as a cooperative kernel.
 #include <cooperative_groups.h>
@@ -24,7 +24,8 @@ constexpr int kTokensPerThread = 4;             // before another block is worth
 constexpr int64_t kSingleBlockElements = 8192;  // up to here one block alone is faster
 constexpr int kBlocksPerSM = 2;
 
-// Per block in the workspace: the moments of each objective, then at level "token" the sums of c_i, of s* and of tokens.
+// Per block in the workspace: the moments of each objective, then at level "token" the sums of c_i, of s* and of
+// tokens.
 __host__ __device__ constexpr int64_t block_bytes(int n) {
   return n * static_cast<int64_t>(sizeof(Moments)) + (n + 2) * static_cast<int64_t>(sizeof(double));
 }
@@ -340,8 +341,9 @@ int multiprocessors(int device) {
 
 int blocks_for(const CombineParams& p) {
   if (p.tokens() * p.n <= kSingleBlockElements) return 1;
-  const int64_t wanted =
-      p.level == Level::kSequence ? p.rows : (p.tokens() + kThreads * kTokensPerThread - 1) / (kThreads * kTokensPerThread);
+  const int64_t wanted = p.level == Level::kSequence
+                             ? p.rows
+                             : (p.tokens() + kThreads * kTokensPerThread - 1) / (kThreads * kTokensPerThread);
   return static_cast<int>(std::clamp<int64_t>(wanted, 1, int64_t{kBlocksPerSM} * multiprocessors(p.device.index)));
 }
 

@@ -12,9 +12,9 @@ static void call_kernel(const void* argument, const void* kernel) {
 
 // Tensors are contiguous: advantages [sizes[0], sizes[1], sizes[2]] with the objectives last, mask bool, log_ratio
 // float32, each or null. Returns the number of blocks, or -1 with what does not fit in `problem`.
-extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes, void* mask, void* log_ratio, void* out,
-                               void* packed, const double* reward_values, int level, int fixed, int noon, int propagate,
-                               int skip_inactive, unsigned order, const char** problem) {
+extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes, void* mask, void* log_ratio,
+                               void* out, void* packed, const double* reward_values, int level, int fixed, int noon,
+                               int propagate, int skip_inactive, unsigned order, const char** problem) {
   using namespace pama;
   const Device cpu{DeviceType::kCPU, 0};
   const int64_t strides[3] = {sizes[1] * sizes[2], sizes[2], 1}, plane[2] = {sizes[1], 1};
@@ -25,8 +25,9 @@ extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes
   const CombineOptions options(-1, 0.2, 0.2, noon, levels[level], fixed ? "fixed" : "closed_form",
                                propagate ? "propagate" : "ignore", skip_inactive);
   CombineParams p;
-  *problem = plan_combine(options, {&a, 1, false, mask ? &m : nullptr, log_ratio ? &l : nullptr, nullptr,
-                                    out ? &o : nullptr, out == nullptr}, p);
+  *problem = plan_combine(
+      options,
+      {&a, 1, false, mask ? &m : nullptr, log_ratio ? &l : nullptr, nullptr, out ? &o : nullptr, out == nullptr}, p);
   if (*problem) return -1;
   p.weighted = reward_values != nullptr;
   for (int i = 0; reward_values && i < p.n; ++i) p.reward_values[i] = reward_values[i];

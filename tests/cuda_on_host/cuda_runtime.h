@@ -1,7 +1,8 @@
 // Enough of CUDA to run csrc/cuda/*.cu on the host: each block is an OS thread, each of its threads a fiber.
 //
 // Fibers run one after the other, in an order the caller chooses, from one barrier to the next. A correct kernel gives
-// the same bits in every order; one that lacks a barrier does not, since some fiber reads what another has yet to write.
+// the same bits in every order; one that lacks a barrier does not, since some fiber reads what another has yet to
+// write.
 #pragma once
 
 #include <ucontext.h>
@@ -90,10 +91,13 @@ inline void run_block(int block, int blocks, int threads, const void* kernel, co
     f.context.uc_stack.ss_sp = f.stack.get();
     f.context.uc_stack.ss_size = kStack;
     f.context.uc_link = &scheduler;
-    makecontext(&f.context, +[] {
-      job.call(job.argument, job.kernel);
-      (*fibers)[threadIdx.x].state = State::kDone;
-    }, 0);
+    makecontext(
+        &f.context,
+        +[] {
+          job.call(job.argument, job.kernel);
+          (*fibers)[threadIdx.x].state = State::kDone;
+        },
+        0);
   }
   auto all_wait = [&](int first, int last, State state) {
     bool some = false;

@@ -20,8 +20,8 @@ constexpr double kLogRatioLimit = 20.0;  // log_ratio is clamped to this before 
 
 // What the caller asked for, checked for meaning by Python.
 struct CombineOptions {
-  int64_t dim;                // of the objectives; not used for a list of tensors
-  double log_low, log_high;   // bounds on log_ratio within which I(A) is 1
+  int64_t dim;               // of the objectives; not used for a list of tensors
+  double log_low, log_high;  // bounds on log_ratio within which I(A) is 1
   bool noon, propagate, skip_inactive;
   Level level;
   Solver solver;
@@ -49,10 +49,10 @@ struct CombineParams {
   DType dtype, mask_dtype, log_ratio_dtype, reward_dtype;
   Device device;
 
-  Plane mask, log_ratio, out;     // data null = absent
-  const void* reward_weights;     // [n] on the device, or null: then reward_values
+  Plane mask, log_ratio, out;  // data null = absent
+  const void* reward_weights;  // [n] on the device, or null: then reward_values
   int64_t reward_stride;
-  bool weighted;                  // reward weights given
+  bool weighted;  // reward weights given
 
   double log_low, log_high;  // bounds on log_ratio at which I(A) still is 1
   bool noon, propagate, skip_inactive, in_place;
@@ -91,7 +91,8 @@ struct CombineParams {
 const char* plan_combine(const CombineOptions& options, const CombineTensors& tensors, CombineParams& params);
 
 // torch's thread pool: torch_parallel_for of the libtorch stable ABI.
-using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void* context);
+using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*),
+                            void* context);
 
 void launch_combine_cpu(const CombineParams& params, ParallelFor parallel_for);
 const char* cpu_instructions();  // "avx512", "avx2" or "generic": what launch_combine_cpu runs on this machine
