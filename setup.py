@@ -78,7 +78,8 @@ class BuildWithNinja(build_ext):
     """Writes build.ninja, runs it, and leaves the module where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
-        folder = Path(self.build_temp).resolve() / f"torch-{torch.__version__}"
+        # Not build_temp, which an editable install makes anew each time: ninja then would start from nothing.
+        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-torch-{torch.__version__}"
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -95,9 +96,9 @@ class BuildWithNinja(build_ext):
         """One rule per compiler, one edge per source file."""
         nvcc = find_nvcc()
         pairs = architectures() if nvcc else []
-        defines = f'-DPAMA_EXT_BUILT_WITH_TORCH=\\"{torch.__version__}\\"'
-        defines += f' "-DPAMA_EXT_CUDA_ARCHITECTURES=\\"{" ".join(real for _, real in pairs)}\\""'
-        defines += " -DPAMA_EXT_WITH_CUDA" if nvcc else ""
+        defines = f'-DPAMA_BUILT_WITH_TORCH=\\"{torch.__version__}\\"'
+        defines += f' "-DPAMA_CUDA_ARCHITECTURES=\\"{" ".join(real for _, real in pairs)}\\""'
+        defines += " -DPAMA_WITH_CUDA" if nvcc else ""
         includes = f"-I{ROOT}/csrc/include -I{ROOT}/csrc -isystem {TORCH}/include -isystem {pybind11.get_include()}"
         includes += f" -isystem {sysconfig.get_paths()['include']}"
         cxx = os.environ.get("CXX", "c++")
@@ -108,7 +109,7 @@ class BuildWithNinja(build_ext):
         sources, libraries = sorted(ROOT.glob("csrc/**/*.cpp")), f"-L{TORCH}/lib -ltorch -ltorch_cpu"
         if nvcc:
             codes = " ".join(f"-gencode arch={virtual},code={real}" for virtual, real in pairs)
-            n.rule("nvcc", f"{nvcc} -ccbin {cxx} {NVCC_FLAGS} {codes} -DPAMA_EXT_WITH_CUDA -I{ROOT}/csrc/include "
+            n.rule("nvcc", f"{nvcc} -ccbin {cxx} {NVCC_FLAGS} {codes} -DPAMA_WITH_CUDA -I{ROOT}/csrc/include "
                    "-MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc", description="CUDA $in")  # fmt: skip
             sources += sorted(ROOT.glob("csrc/**/*.cu"))
             libraries += f" -L{cuda_library(nvcc)} -lcudart_static -lrt -lpthread -ldl"

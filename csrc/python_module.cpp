@@ -79,7 +79,7 @@ pama::DType dtype_of(DLDataType t) {
 
 pama::Device device_of(DLDevice d) {
   if (d.device_type == kDLCPU || d.device_type == kDLCUDAHost) return {pama::DeviceType::kCPU, 0};
-#ifdef PAMA_EXT_WITH_CUDA
+#ifdef PAMA_WITH_CUDA
   if (d.device_type == kDLCUDA) return {pama::DeviceType::kCUDA, d.device_id};
 #endif
   return {pama::DeviceType::kOther, 0};
@@ -454,7 +454,7 @@ PYBIND11_MODULE(_C, m) {
     make_options = options.release().ptr();
   });
   m.def("has_door", [] { return torch_.exchange != nullptr; });
-  m.def("cuda_architectures", [] { return py::str(PAMA_EXT_CUDA_ARCHITECTURES).attr("split")(); });
+  m.def("cuda_architectures", [] { return py::str(PAMA_CUDA_ARCHITECTURES).attr("split")(); });
   m.def("cpu_instructions", &pama::cpu_instructions);
-  m.attr("built_with_torch") = PAMA_EXT_BUILT_WITH_TORCH;
+  m.attr("built_with_torch") = PAMA_BUILT_WITH_TORCH;
 }

@@ -168,6 +168,6 @@ void register_kernels(Library& m) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(pama_ext, CPU, m) { register_kernels(m); }
-#ifdef PAMA_EXT_WITH_CUDA
+#ifdef PAMA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(pama_ext, CUDA, m) { register_kernels(m); }
 #endif

@@ -11,7 +11,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace pama {
 
 inline void run_combine(const CombineParams& params, void* stream) {
-#ifdef PAMA_EXT_WITH_CUDA
+#ifdef PAMA_WITH_CUDA
   if (params.device.type == DeviceType::kCUDA) return launch_combine_cuda(params, stream);
 #endif
   (void)stream;
@@ -20,7 +20,7 @@ inline void run_combine(const CombineParams& params, void* stream) {
 
 // Bytes behind the packed results that the kernel wants for itself.
 inline int64_t combine_workspace(const CombineParams& params) {
-#ifdef PAMA_EXT_WITH_CUDA
+#ifdef PAMA_WITH_CUDA
   if (params.device.type == DeviceType::kCUDA) return combine_cuda_workspace(params);
 #endif
   (void)params;

@@ -198,11 +198,10 @@ def _listed(advantages: Advantages) -> list[Tensor]:
 
 def _unpack(combined: Any, packed: Tensor, n: int, rows: int | None) -> Combined:
     """Views of the packed results; their layout is written beside the schemas in csrc/torch_library.cpp."""
-    stats = ObjectiveStats(*(packed[k * n : (k + 1) * n] for k in range(_ops.STATISTICS)))
-    solved = packed[_ops.STATISTICS * n :]
-    if rows is None:
-        return Combined(combined, solved[:n], solved[n], stats)
-    return Combined(combined, solved[: rows * n].view(rows, n), solved[rows * n :], stats)
+    solves = 1 if rows is None else rows
+    *stats, weights, value = packed.split_with_sizes([n] * _ops.STATISTICS + [n * solves, solves])
+    weights, value = (weights, value[0]) if rows is None else (weights.view(rows, n), value)
+    return Combined(combined, weights, value, ObjectiveStats(*stats))
 
 
 _C.set_python_side(Combined, ObjectiveStats, _options)

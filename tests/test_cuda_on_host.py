@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler:
 def build(folder: Path, kernel: Path) -> Callable[..., int]:
     library = folder / "combine_on_host.so"
     command = [CXX, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread", f'-DCOMBINE_CU="{kernel}"']
-    command += ["-DPAMA_EXT_WITH_CUDA", f"-I{ROOT}/tests/cuda_on_host", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cuda"]
+    command += ["-DPAMA_WITH_CUDA", f"-I{ROOT}/tests/cuda_on_host", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cuda"]
     command += [str(ROOT / "tests/cuda_on_host/combine_on_host.cpp"), str(ROOT / "csrc/combine_plan.cpp")]
     subprocess.run([*command, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library)).combine_on_host

@@ -97,7 +97,7 @@ using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(
 void launch_combine_cpu(const CombineParams& params, ParallelFor parallel_for);
 const char* cpu_instructions();  // "avx512", "avx2" or "generic": what launch_combine_cpu runs on this machine
 
-#ifdef PAMA_EXT_WITH_CUDA
+#ifdef PAMA_WITH_CUDA
 int64_t combine_cuda_workspace(const CombineParams& params);  // bytes
 void launch_combine_cuda(const CombineParams& params, void* stream);
 #endif
