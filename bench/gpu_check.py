@@ -1,0 +1,141 @@
+"""Build, test, sanitise and time the package on a machine with a CUDA device: ``make gpu-check``.
+
+Every stage is a command of its own; a stage that fails does not stop the others. One record is written in any case:
+the machine, the commit, each stage's exit status, seconds and last line (all of its last lines if it failed), and the
+latency tables. Needs no network and no virtual environment: it uses what the Python that runs it has installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench import timer
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ROOT / "bench" / "records"
+WHOLE_S = 510  # all stages together
+TAIL_LINES = 80  # kept of a stage that failed
+NOT_FOUND = 127  # as a shell says it
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command, the environment variables it is given besides, and the most seconds it may take."""
+
+    command: tuple[str, ...]
+    limit_s: float
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def stages(latency_json: Path) -> dict[str, Stage]:
+    """All stages by name, in the order they run; the latency benchmark writes its record to ``latency_json``."""
+    python = sys.executable
+    pytest = (python, "-m", "pytest", "-q", "-ra", "tests")
+    latency = (python, "-m", "bench.latency", "--device", "cuda", "--json", str(latency_json))
+    return {
+        "build": Stage((python, "setup.py", "build_ext", "--inplace"), 240, {"PAMA_EXT_CUDA": "1"}),
+        "tests": Stage(pytest, 240, {"PAMA_EXT_REQUIRE_CUDA": "1"}),
+        **{tool: sanitizer(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")},
+        "latency": Stage(latency, 180),
+    }
+
+
+def sanitizer(tool: str) -> Stage:
+    """The short run under one tool of compute-sanitizer, every tensor in an allocation of its own."""
+    path = os.pathsep.join((os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"))
+    program = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
+    command = (program, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "bench.sanitize")
+    return Stage(command, 60, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def run(name: str, stage: Stage, limit_s: float) -> dict[str, Any]:
+    """Run a stage, its output passed on as it comes, and return its entry in the record."""
+    print(f"== {name}: {' '.join(stage.command)}", flush=True)
+    start = time.monotonic()
+    tail: collections.deque[str] = collections.deque(maxlen=TAIL_LINES)
+    try:
+        process = subprocess.Popen(
+            stage.command,
+            cwd=ROOT,
+            env={**os.environ, **stage.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        status, tail = NOT_FOUND, collections.deque([str(error)])
+        print(error)
+    else:
+        watchdog = threading.Timer(limit_s, os.killpg, (process.pid, signal.SIGKILL))
+        watchdog.start()
+        with process:
+            for line in process.stdout or ():
+                print(line, end="", flush=True)
+                tail.append(line.rstrip())
+        watchdog.cancel()
+        status = process.returncode
+    seconds = time.monotonic() - start
+    if status == -signal.SIGKILL:
+        tail.append(f"killed after {seconds:.0f} s, allowed {limit_s:.0f} s")
+    print(f"== {name}: exit status {status}, {seconds:.1f} s\n", flush=True)
+
+    summary = next((line for line in reversed(tail) if line), "")
+    entry = {"stage": name, "status": status, "seconds": round(seconds, 1), "summary": summary}
+    return entry if status == 0 else {**entry, "output": list(tail)}
+
+
+def check(chosen: dict[str, Stage]) -> list[dict[str, Any]]:
+    """Run the chosen stages; what is over the time for the whole is cut off."""
+    end = time.monotonic() + WHOLE_S
+    return [run(name, stage, min(stage.limit_s, max(1.0, end - time.monotonic()))) for name, stage in chosen.items()]
+
+
+def record_name(header: dict[str, Any]) -> str:
+    """``DATE_DEVICE_COMMIT.json``, safe as a file name."""
+    text = "_".join((header["date"][:16].replace(":", ""), header["device"], header["commit"]))
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in text) + ".json"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the stages asked for, write the record and return 0 if all of them passed, else 1."""
+    with tempfile.TemporaryDirectory() as folder:
+        latency_json = Path(folder) / "latency.json"
+        known = stages(latency_json)
+        parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+        parser.add_argument(
+            "--stages", nargs="+", choices=known, default=known, metavar="STAGE", help=f"of {', '.join(known)}"
+        )
+        parser.add_argument("--out", type=Path, default=RECORDS, help="folder for the record")
+        parser.add_argument("--commit", help="commit to record where there is no repository")
+        options = parser.parse_args(arguments)
+
+        header = timer.environment("cuda")
+        header["commit"] = options.commit or header["commit"]
+        entries = check({name: stage for name, stage in known.items() if name in options.stages})
+        latency = json.loads(latency_json.read_text()) if latency_json.exists() else None
+
+    timer.write_json(options.out / record_name(header), {"header": header, "stages": entries, "latency": latency})
+    for entry in entries:
+        verdict = "FAIL" if entry["status"] else "pass"
+        print(f"{verdict}  {entry['stage']:<10} {entry['seconds']:6.1f} s  {entry['summary'][:90]}")
+    return int(any(entry["status"] for entry in entries))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

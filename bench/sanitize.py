@@ -1,0 +1,85 @@
+"""A short run over the kernels, for compute-sanitizer: ``compute-sanitizer python -m bench.sanitize``.
+
+Inputs are made on the host and copied over, results are compared on the host: almost every kernel that the sanitizer
+instruments is one of this package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+
+import torch
+from torch import Tensor
+
+import pama_ext
+from pama_ext import reference
+
+SHAPES = (
+    (1, 1),  # one element
+    (7, 3),  # less than a warp
+    (33, 64),  # the most objectives there may be
+    (5, 129, 2),  # a row that is no multiple of anything
+    (3, 257, 5),  # odd number of objectives: vector accesses are unaligned from row to row
+)
+LARGE = (64, 512, 3)  # many blocks
+LEVELS = ("batch", "sequence", "token")
+SOLVERS = ("closed_form", "fixed")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """Advantages with NaN and inf in them, behind the mask and before it; on the host."""
+    generator = torch.Generator().manual_seed(len(shape) + shape[0])
+    advantages = torch.randn(shape, generator=generator).to(dtype)
+    mask = torch.rand(shape[:-1], generator=generator) < 0.8
+    advantages[~mask] = torch.nan
+    advantages.view(-1)[:: max(7, advantages.numel() // 5)] = torch.inf
+    return advantages, {"mask": mask, "log_ratio": 0.3 * torch.randn(shape[:-1], generator=generator)}
+
+
+def compare(what: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Fail unless a result is finite and that of the reference, to rounding."""
+    precision = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    error = (got.double().cpu() - expected.double()).abs()
+    bound = 64 * precision * expected.double().abs().amax().clamp(min=1)
+    if not bool((error <= bound).all()):  # a NaN is not <= anything
+        raise SystemExit(f"{what}: off by {error.max():.3g}, allowed {bound:.3g}")
+
+
+def run(device: str) -> int:
+    """Make every call and return how many there were."""
+    calls = 0
+    for shape, dtype in [*itertools.product(SHAPES, DTYPES), (LARGE, torch.float32)]:
+        host, options = inputs(shape, dtype)
+        moved = {name: tensor.to(device) for name, tensor in options.items()}
+        for level, solver in itertools.product(LEVELS, SOLVERS):
+            case = f"{list(shape)} {dtype}, level {level}, solver {solver}"
+            shares, weights, _, _ = reference.pama(host, level=level, solver=solver, **options)
+            advantages = host.to(device, copy=True)  # combine_ writes to it
+            out = torch.zeros(shape[:-1], dtype=dtype).to(device)
+            forms = {
+                "tensor": {"advantages": advantages},
+                "list": {"advantages": [column.to(device) for column in host.unbind(-1)]},
+                "objectives first": {"advantages": host.movedim(-1, 0).contiguous().to(device), "dim": 0},
+                "out=": {"advantages": advantages, "out": out},
+            }
+            for form, arguments in forms.items():
+                result = pama_ext.combine(**arguments, **moved, level=level, solver=solver)
+                compare(f"combine, {form}, {case}", result.advantages, shares.sum(-1), dtype)
+                compare(f"weights, {form}, {case}", result.weights, weights, dtype)
+            pama_ext.combine_(advantages, **moved, level=level, solver=solver)
+            compare(f"combine_, {case}", advantages, shares, dtype)
+            calls += len(forms) + 1
+    return calls
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run on the device asked for and say how many calls agreed with the reference."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", default="cuda")
+    print(f"{run(parser.parse_args(arguments).device)} calls agree with the reference")
+
+
+if __name__ == "__main__":
+    main()
