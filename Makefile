@@ -1,6 +1,9 @@
-# make demo    set up, build, and run examples/rollouts.py       make lint       formatters, linters, types
-# make test    set up, build, and test what needs no GPU         make bench      cost of a call beside the alternatives
-# make gpu-check [STAGES="build tests"] [OUT=folder]             on a machine with a CUDA device, with its own Python
+# make demo        set up, build, and run examples/rollouts.py
+# make test        set up, build, and test what needs no GPU
+# make test-wheel  the same on the built wheel, without the checkout
+# make lint        formatters, linters, types
+# make bench       cost of a call beside the alternatives
+# make gpu-check   on a machine with a CUDA device, with its own Python: [STAGES="build tests"] [OUT=folder] [COMMIT=...]
 
 PYTHON ?= python3
 OUT ?= bench/records
@@ -13,7 +16,7 @@ READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: venv build demo test lint bench gpu-check clean
+.PHONY: venv build demo test test-wheel lint bench gpu-check clean
 .DEFAULT_GOAL := build
 
 venv: $(READY)
@@ -36,6 +39,14 @@ demo: $(BUILT)
 
 test: $(BUILT)
 	$(BIN)/python -m pytest -q
+
+# The artefact instead of the checkout: the wheel, installed in a folder of its own, with no source of the package near.
+test-wheel: $(READY)
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
+	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
+	cp -r tests csrc README.md CHANGELOG.md pyproject.toml build/wheel
+	cd build/wheel && PYTHONPATH=site $(CURDIR)/$(BIN)/python -m pytest -q --ignore=tests/test_bench.py --ignore=tests/test_example.py
 
 lint: $(BUILT)
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
