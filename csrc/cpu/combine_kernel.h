@@ -274,16 +274,6 @@ class Kernel {
 
 namespace {
 
-template <class F>
-void with_dtype(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat32: return f(float{});
-    case DType::kFloat64: return f(double{});
-    case DType::kFloat16: return f(Half{});
-    default: return f(BFloat16{});
-  }
-}
-
 void scan(const CombineParams& p, int64_t first, int64_t last, Moments* moments) {
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);

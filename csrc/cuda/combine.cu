@@ -277,7 +277,7 @@ __device__ void write_solution(const CombineParams& p, int64_t solve_index, cons
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ CombineParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM) combine_kernel(const __grid_constant__ CombineParams p) {
   using C = typename Storage<S>::Compute;
   __shared__ Shared shared;
   const int64_t tokens = p.tokens(), run = (tokens + gridDim.x - 1) / gridDim.x;
@@ -329,28 +329,35 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant
     write_statistics(shared.pool[threadIdx.x], threadIdx.x, p.n, static_cast<C*>(p.packed));
 }
 
-int multiprocessors(int device) {
+// Blocks of combine_kernel<S> that are resident together, as a cooperative launch needs; asked once per device.
+template <class S>
+int resident_blocks(int device) {
   constexpr int kDevices = 64;
   static std::atomic<int> known[kDevices];
   if (device < kDevices && known[device]) return known[device];
-  int count = 0;
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-  if (device < kDevices) known[device] = count;
-  return count;
+  const DeviceGuard guard(device);
+  int multiprocessors = 0, each = 0;
+  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+             "cudaDeviceGetAttribute");
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, combine_kernel<S>, kThreads, 0),
+             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+  const int blocks = multiprocessors * std::clamp(each, 1, kBlocksPerSM);
+  if (device < kDevices) known[device] = blocks;
+  return blocks;
 }
 
+template <class S>
 int blocks_for(const CombineParams& p) {
   if (p.tokens() * p.n <= kSingleBlockElements) return 1;
-  const int64_t wanted = p.level == Level::kSequence
-                             ? p.rows
-                             : (p.tokens() + kThreads * kTokensPerThread - 1) / (kThreads * kTokensPerThread);
-  return static_cast<int>(std::clamp<int64_t>(wanted, 1, int64_t{kBlocksPerSM} * multiprocessors(p.device.index)));
+  constexpr int64_t each = kThreads * kTokensPerThread;
+  const int64_t wanted = p.level == Level::kSequence ? p.rows : (p.tokens() + each - 1) / each;
+  return static_cast<int>(std::min<int64_t>(wanted, resident_blocks<S>(p.device.index)));
 }
 
 template <class S>
 void launch(const CombineParams& p, cudaStream_t stream) {
   const DeviceGuard guard(p.device.index);
-  const dim3 blocks(static_cast<unsigned>(blocks_for(p)));
+  const dim3 blocks(static_cast<unsigned>(blocks_for<S>(p)));
   CombineParams copy = p;
   void* arguments[] = {&copy};
   const void* kernel = reinterpret_cast<const void*>(combine_kernel<S>);
@@ -364,16 +371,12 @@ void launch(const CombineParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t combine_cuda_workspace(const CombineParams& params) { return blocks_for(params) * block_bytes(params.n); }
+int64_t combine_cuda_workspace(const CombineParams& params) {
+  return block_bytes(params.n) * with_dtype(params.dtype, [&](auto s) { return blocks_for<decltype(s)>(params); });
+}
 
 void launch_combine_cuda(const CombineParams& params, void* stream) {
-  const auto on = static_cast<cudaStream_t>(stream);
-  switch (params.dtype) {
-    case DType::kFloat32: return launch<float>(params, on);
-    case DType::kFloat64: return launch<double>(params, on);
-    case DType::kFloat16: return launch<Half>(params, on);
-    default: return launch<BFloat16>(params, on);
-  }
+  with_dtype(params.dtype, [&](auto s) { launch<decltype(s)>(params, static_cast<cudaStream_t>(stream)); });
 }
 
 }  // namespace pama

@@ -36,5 +36,5 @@ extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes
   p.packed = packed;
   host::order = order;
   launch_combine_cuda(p, nullptr);
-  return blocks_for(p);
+  return static_cast<int>(combine_cuda_workspace(p) / block_bytes(p.n));
 }

@@ -23,7 +23,7 @@
 #define __device__
 #define __host__
 #define __grid_constant__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(threads, blocks)
 #define __shared__ static thread_local  // one copy per OS thread, that is per block
 
 struct dim3 {
@@ -43,6 +43,10 @@ inline int cudaGetLastError() { return cudaSuccess; }
 inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline int cudaSetDevice(int) { return cudaSuccess; }
 inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 2, cudaSuccess; }
+template <class Kernel>
+int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+  return *blocks = 2, cudaSuccess;
+}
 inline int64_t min(int64_t a, int64_t b) { return std::min(a, b); }
 
 namespace host {

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "pama/hd.h"
+#include "pama/tensor.h"
 
 namespace pama {
 
@@ -73,5 +74,16 @@ struct Storage<BFloat16> {
   static PAMA_HD float load(BFloat16 x) { return to_float(x); }
   static PAMA_HD BFloat16 store(float x) { return to_bfloat16(x); }
 };
+
+// f(S{}) for the storage type S of a floating dtype. Always inlined: callers are compiled for different machines.
+template <class F>
+inline __attribute__((always_inline)) auto with_dtype(DType dtype, F f) {
+  switch (dtype) {
+    case DType::kFloat32: return f(float{});
+    case DType::kFloat64: return f(double{});
+    case DType::kFloat16: return f(Half{});
+    default: return f(BFloat16{});
+  }
+}
 
 }  // namespace pama

@@ -39,8 +39,8 @@ PAMA_HD uint64_t participants(uint64_t has_data, uint64_t active, bool skip_inac
   return has_data ? has_data : (~uint64_t{0} >> (64 - n));
 }
 
-// weights[0..n) and s* for the scalars a[0..n) of the objectives in `kept`; NaN if one of them is NaN.
-PAMA_HD double solve_closed_form(const double* a, uint64_t kept, int n, double* weights) {
+// Replaces the scalars a[0..n) by the weights and returns s*; NaN if one of the objectives in `kept` has a NaN.
+PAMA_HD double solve_closed_form(double* a, uint64_t kept, int n) {
   double low = HUGE_VAL, high = -HUGE_VAL;
   int at_low = 0, at_high = 0;
   bool undefined = false;
@@ -55,28 +55,28 @@ PAMA_HD double solve_closed_form(const double* a, uint64_t kept, int n, double* 
   const Split<double> share = split(low, high);
   for (int i = 0; i < n; ++i) {
     const bool is_low = (kept >> i & 1) && a[i] == low, is_high = (kept >> i & 1) && a[i] == high;
-    weights[i] = undefined ? NAN : (is_low ? share.low / at_low : 0.0) + (is_high ? share.high / at_high : 0.0);
+    a[i] = undefined ? NAN : (is_low ? share.low / at_low : 0.0) + (is_high ? share.high / at_high : 0.0);
   }
   return undefined ? NAN : project(low, high);
 }
 
 // Weights of one pool of tokens (the batch, or one row) from its moments; returns s*.
 PAMA_HD double solve(const CombineParams& p, const Moments* m, double* weights) {
-  double a[kMaxObjectives];
+  if (p.solver == Solver::kFixed) {
+    double value = 0.0;
+    for (int i = 0; i < p.n; ++i) {
+      weights[i] = p.fixed_weight(i);
+      value += weights[i] != 0.0 ? weights[i] * m[i].scalar() : 0.0;
+    }
+    return value;
+  }
   uint64_t has_data = 0, active = 0;
-  double value = 0.0;
   for (int i = 0; i < p.n; ++i) {
-    a[i] = m[i].scalar();
+    weights[i] = m[i].scalar();
     has_data |= uint64_t{m[i].taken(p.propagate) > 0} << i;
     active |= uint64_t{m[i].nonzero > m[i].clipped} << i;
   }
-  if (p.solver == Solver::kClosedForm)
-    return solve_closed_form(a, participants(has_data, active, p.skip_inactive, p.n), p.n, weights);
-  for (int i = 0; i < p.n; ++i) {
-    weights[i] = p.fixed_weight(i);
-    value += weights[i] != 0.0 ? weights[i] * a[i] : 0.0;
-  }
-  return value;
+  return solve_closed_form(weights, participants(has_data, active, p.skip_inactive, p.n), p.n);
 }
 
 }  // namespace pama
