@@ -224,16 +224,17 @@ Block* allocate_packed(pama::CombineParams& p) {
   return packed;
 }
 
+// A Combined whose small fields are pending; takes over the reference to `packed`.
 py::object new_combined(PyObject* advantages, Block* packed) {
-  auto combined = py::reinterpret_steal<py::object>(combined_type->tp_alloc(combined_type, 4));
+  auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(
+      packed, kPacked, [](PyObject* self) { static_cast<Block*>(PyCapsule_GetPointer(self, kPacked))->release(); }));
+  if (!capsule) packed->release();
+  auto combined = py::reinterpret_steal<py::object>(capsule ? combined_type->tp_alloc(combined_type, 4) : nullptr);
   if (!combined) throw py::error_already_set();
-  PyObject* capsule = PyCapsule_New(
-      packed, kPacked, [](PyObject* self) { static_cast<Block*>(PyCapsule_GetPointer(self, kPacked))->release(); });
-  if (!capsule) throw py::error_already_set();
   PyTuple_SET_ITEM(combined.ptr(), 0, Py_NewRef(advantages));
   PyTuple_SET_ITEM(combined.ptr(), 1, Py_NewRef(Py_None));
   PyTuple_SET_ITEM(combined.ptr(), 2, Py_NewRef(Py_None));
-  PyTuple_SET_ITEM(combined.ptr(), 3, capsule);
+  PyTuple_SET_ITEM(combined.ptr(), 3, capsule.release().ptr());
   return combined;
 }
 
@@ -307,6 +308,15 @@ py::object new_output(const Inputs& in, int64_t dim, pama::CombineParams& p) {
   }
   p.out = {static_cast<char*>(data), p.cols, 1};
   return out;
+}
+
+// As torch's own in-place operators: autograd must see that a tensor changes. Refuses inference tensors, so it comes
+// before anything is written.
+void mark_written(PyObject* const* tensors, int count) {
+  py::tuple written(count);
+  for (int i = 0; i < count; ++i) written[i] = py::handle(tensors[i]);
+  PyObject* argument = written.ptr();
+  is_true(PyObject_Vectorcall(torch_.increment_version, &argument, 1, nullptr));
 }
 
 // Positions of the arguments, those of pama_ext.combine in its order.
@@ -386,6 +396,7 @@ py::object run(PyObject* const* arguments, bool in_place) {
     params.weighted = true;
   }
 
+  if (in_place || !out.is_none()) mark_written(in_place ? in.objects : &arguments[kOut], in_place ? in.count : 1);
   py::object result = py::reinterpret_borrow<py::object>(in_place ? advantages : out);
   if (!in_place && out.is_none()) result = new_output(in, options->dim, params);
   py::object combined = new_combined(result.ptr(), allocate_packed(params));
@@ -400,16 +411,6 @@ py::object run(PyObject* const* arguments, bool in_place) {
     pama::run_combine(params, stream);
   }
 
-  if (in_place || !out.is_none()) {  // as torch's own in-place operators: autograd must see that it was written
-    py::list written;
-    if (in_place) {
-      for (int i = 0; i < in.count; ++i) written.append(py::handle(in.objects[i]));
-    } else {
-      written.append(out);
-    }
-    PyObject* list = written.ptr();
-    is_true(PyObject_Vectorcall(torch_.increment_version, &list, 1, nullptr));
-  }
   if (PyDict_CheckExact(advantages.ptr()))
     combined.attr(names_attribute) = py::reinterpret_steal<py::object>(PySequence_Tuple(advantages.ptr()));
   return combined;

@@ -15,7 +15,6 @@ NI, VE, TE = NotImplementedError, ValueError, TypeError
 # keywords (advantages among them), exception, what the message says
 OPTION_ERRORS = [
     ({"dim": 1.5}, TE, "dim: expected an int, got a float"),
-    ({"dim": True}, TE, "dim: expected an int, got a bool"),
     ({"dim": None}, TE, "dim: expected an int, got a NoneType"),
     ({"dim": 3}, VE, r"dim: expected from -3 to 2, got 3"),
     ({"dim": -4}, VE, r"dim: expected from -3 to 2, got -4"),
