@@ -310,8 +310,7 @@ py::object new_output(const Inputs& in, int64_t dim, pama::CombineParams& p) {
   return out;
 }
 
-// As torch's own in-place operators: autograd must see that a tensor changes. Refuses inference tensors, so it comes
-// before anything is written.
+// As torch's own in-place operators do: autograd must see that a tensor changes.
 void mark_written(PyObject* const* tensors, int count) {
   py::tuple written(count);
   for (int i = 0; i < count; ++i) written[i] = py::handle(tensors[i]);

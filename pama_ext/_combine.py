@@ -170,7 +170,7 @@ def _combine_dispatcher(
         tensors, along, mask, log_ratio, float(clip_low), float(clip_high), bool(noon), level, solver,
         reward_weights, values, nan, bool(skip_inactive),
     )  # fmt: skip
-    if (in_place or out is not None) and not _is_tracing():  # as torch's own operators; refuses inference tensors
+    if (in_place or out is not None) and not _is_tracing():  # as torch's own in-place operators
         torch.autograd.graph.increment_version(tensors if out is None else [out])
     combined: Any
     if in_place:
