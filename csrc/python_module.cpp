@@ -456,5 +456,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("has_door", [] { return torch_.exchange != nullptr; });
   m.def("cuda_architectures", [] { return py::str(PAMA_CUDA_ARCHITECTURES).attr("split")(); });
   m.def("cpu_instructions", &pama::cpu_instructions);
+#ifdef PAMA_WITH_CUDA
+  m.attr("cuda_toolkit") = pama::cuda_toolkit();
+#else
+  m.attr("cuda_toolkit") = 0;
+#endif
   m.attr("built_with_torch") = PAMA_BUILT_WITH_TORCH;
 }

@@ -42,7 +42,7 @@ def info() -> int:
         "python": platform.python_version(),
         "doors": ", ".join(doors),
         "cpu": f"{_C.cpu_instructions()}, {torch.get_num_threads()} threads",
-        "cuda kernels": " ".join(architectures) or "none",
+        "cuda kernels": f"{' '.join(architectures)} (CUDA {_toolkit()})" if architectures else "none",
         "cuda devices": ", ".join(devices) or "none",
     }
     for name, value in rows.items():
@@ -59,12 +59,20 @@ def _advise(architectures: list[str]) -> int:
             "a CUDA device is here but this build has no CUDA kernels: rebuild with PAMA_EXT_CUDA=1 and nvcc installed"
         )
         return 1
+    theirs = torch.version.cuda
+    if theirs and architectures and theirs.split(".")[0] != _toolkit().split(".")[0]:
+        print(f"built with CUDA {_toolkit()}, but torch has {theirs}: rebuild with nvcc of CUDA {theirs}")
+        return 1
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         if not any(_runs(name, major, minor) for name in architectures):
             print(f"no kernel for cuda:{i} (sm_{major}{minor}): rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}")
             return 1
     return 0
+
+
+def _toolkit() -> str:
+    return f"{_C.cuda_toolkit // 1000}.{_C.cuda_toolkit % 1000 // 10}"
 
 
 def _runs(name: str, major: int, minor: int) -> bool:

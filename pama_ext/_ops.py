@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 try:
-    from pama_ext import _C  # noqa: F401  registers torch.ops.pama_ext
+    import pama_ext._C  # noqa: F401  registers torch.ops.pama_ext
+except ModuleNotFoundError as error:
+    raise ImportError("pama_ext is not built; in its source tree: pip install --no-build-isolation -e .") from error
 except ImportError as error:
     raise ImportError(
-        f"pama_ext's compiled module does not load with torch {torch.__version__} ({error}). "
-        "It needs torch >= 2.10; from a source tree, build it with: pip install --no-build-isolation -e ."
+        f"pama_ext's binary does not fit torch {torch.__version__} ({error}). It needs torch >= 2.10; "
+        "in its source tree, rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
 STATISTICS = 9  # fields of ObjectiveStats, rows of the packed statistics

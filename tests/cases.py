@@ -16,7 +16,7 @@ MASKS = [torch.bool, *INTEGERS, *DTYPES]
 LEVELS = ["batch", "sequence", "token"]
 SOLVERS = ["closed_form", "fixed"]
 
-# [B, N] or [B, T, N] with objectives last. The CPU kernel works on tiles of min(1024, 8192 / N, cut to a multiple of 16)
+# [B, N] or [B, T, N] with objectives last. The CPU kernel works on tiles of min(1024, 8192 / N, cut to multiples of 16)
 # float32 tokens (half as many float64), on vectors of 4, 8 or 16, and cuts work of 65536 elements and more into parts.
 SHAPES: dict[str, tuple[int, ...]] = {
     "no rows": (0, 3),
@@ -78,7 +78,7 @@ def surrounded(values: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One call of ``combine``; ``values`` holds the objectives last, ``options`` all keywords but ``dim`` and ``out``."""
+    """One call of ``combine``; ``values`` has the objectives last, ``options`` all keywords but ``dim`` and ``out``."""
 
     values: Tensor
     layout: str = "last"
@@ -112,7 +112,9 @@ def normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtyp
     return torch.randn(shape, generator=generator).to(dtype)
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0, draw=grid, **options: Any) -> Problem:
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0, draw=grid, **options: Any
+) -> Problem:
     """A problem with mask and log_ratio; options replace or add."""
     g = torch.Generator().manual_seed(seed)
     values = draw(shape, g, dtype)
@@ -133,10 +135,14 @@ def masks(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype
         pick = torch.randint(0, 10, shape, generator=generator)
         return torch.where(valid, some[pick % 5], none[pick % 2])
     high = torch.iinfo(dtype).max
-    return torch.where(valid, torch.where(torch.rand(shape, generator=generator) < 0.5, 1, min(high, 2**62)), 0).to(dtype)
+    return torch.where(valid, torch.where(torch.rand(shape, generator=generator) < 0.5, 1, min(high, 2**62)), 0).to(
+        dtype
+    )
 
 
-def log_ratios(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, clips: tuple[float, ...]) -> Tensor:
+def log_ratios(
+    shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, clips: tuple[float, ...]
+) -> Tensor:
     """Values on both sides of the clips, next to them, beyond +-20, infinite and NaN."""
     near = torch.tensor([*clips, 0.0, 0.05, -0.05, 1.0, -1.0, 25.0, -25.0, math.inf, -math.inf, math.nan]).to(dtype)
     chosen = near[torch.randint(0, len(near), shape, generator=generator)]

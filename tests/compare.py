@@ -28,7 +28,9 @@ def rounding_floor(expected: Tensor, magnitude: Tensor, dtype: torch.dtype) -> T
     """What correct arithmetic may differ from ``expected`` by, if ``dtype`` is what the result is stored in."""
     arithmetic, storage = torch.finfo(compute_dtype(dtype)), torch.finfo(dtype)
     floor = ROUNDINGS * arithmetic.eps * magnitude + arithmetic.smallest_normal * arithmetic.eps
-    if storage.eps > arithmetic.eps:  # to nearest: half a unit in the last place, at least of the smallest normal number
+    if (
+        storage.eps > arithmetic.eps
+    ):  # to nearest: half a unit in the last place, at least of the smallest normal number
         floor = floor + storage.eps / 2 * torch.clamp(expected.abs() + floor, min=storage.smallest_normal)
     return floor
 

@@ -89,7 +89,10 @@ def nearly_tied(problem: Problem) -> bool:
     pools = [problem]
     if problem.options.get("level") == "sequence":
         names = [k for k in ("mask", "log_ratio") if k in problem.options]
-        pools = [problem.but(row[None], **{k: problem.options[k][b : b + 1] for k in names}) for b, row in enumerate(problem.values)]
+        pools = [
+            problem.but(row[None], **{k: problem.options[k][b : b + 1] for k in names})
+            for b, row in enumerate(problem.values)
+        ]
     largest = problem.values.double().nan_to_num(0, 0, 0).abs().max() if problem.values.numel() else 0.0
     error = 2 * ROUNDINGS * torch.finfo(compute_dtype(problem.values.dtype)).eps * largest
     for pool in pools:

@@ -71,7 +71,7 @@ assert os.waitstatus_to_exitcode(status) == 0, status
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_works_after_fork():
-    """In a child of a process whose threads have run, where OpenMP itself would wait for ever if it were asked for two."""
+    """In a child of a process whose threads have run, where OpenMP would wait for ever if asked for two."""
     python(FORK)
 
 
@@ -166,10 +166,14 @@ def test_module_that_does_not_load_says_what_to_do(tmp_path):
     copy.mkdir()
     for source in Path(pama_ext.__file__).parent.glob("*.py"):
         (copy / source.name).write_text(source.read_text())
-    run = subprocess.run([sys.executable, "-c", "import pama_ext"], cwd=tmp_path, capture_output=True, text=True, check=False,
-                         env={**os.environ, "PYTHONPATH": str(tmp_path)})  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", "import pama_ext"], env=environment, capture_output=True, text=True, check=False
+    )
     last = run.stderr.strip().splitlines()[-1]
-    assert run.returncode and last.startswith("ImportError") and "2.10" in last and torch.__version__ in last, run.stderr
+    assert run.returncode and last.startswith("ImportError") and "2.10" in last and torch.__version__ in last, (
+        run.stderr
+    )
 
 
 THREADS = """
@@ -199,7 +203,9 @@ print(len(busy))
 def test_two_threads_really_work():
     """Each of two threads spends processor time in ``combine``; waiting workers of OpenMP sleep after a moment."""
     assert int(python(THREADS, OMP_WAIT_POLICY="passive")) >= 2
-    assert int(python(THREADS.replace("set_num_threads(2)", "set_num_threads(1)").replace("+ 20", "+ 2"))) == 1  # control
+    assert (
+        int(python(THREADS.replace("set_num_threads(2)", "set_num_threads(1)").replace("+ 20", "+ 2"))) == 1
+    )  # control
 
 
 def test_python_threads_with_different_options():

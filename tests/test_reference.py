@@ -134,7 +134,7 @@ def by_loops(problem: Problem) -> tuple[list[list[float]], list[float], list[flo
             kept = [i for i in kept if active[i]] or kept
         kept = kept or list(range(n))
         low, high = min(scalars[i] for i in kept), max(scalars[i] for i in kept)
-        share = {i: 0.0 for i in range(n)}
+        share = dict.fromkeys(range(n), 0.0)
         lows, highs = [i for i in kept if scalars[i] == low], [i for i in kept if scalars[i] == high]
         total = 1.0 if low > 0 or low == high else 0.0 if high < 0 else high / (high - low)
         for group, part in ((lows, total), (highs, 1 - total)):
@@ -153,7 +153,9 @@ def by_loops(problem: Problem) -> tuple[list[list[float]], list[float], list[flo
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("noon", [True, False])
 @pytest.mark.parametrize("shape", ["five objectives", "one row", "above a vector"])
-@pytest.mark.parametrize("more", [{}, {"skip_inactive": True}, {"reward_weights": True}], ids=["plain", "skip", "rewards"])
+@pytest.mark.parametrize(
+    "more", [{}, {"skip_inactive": True}, {"reward_weights": True}], ids=["plain", "skip", "rewards"]
+)
 def test_loops(shape, noon, solver, level, more):
     n = SHAPES[shape][-1]
     more = {"reward_weights": [0.5, 2.0, 1.0, -1.0, 0.25][:n]} if "reward_weights" in more else more

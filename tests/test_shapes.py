@@ -1,4 +1,4 @@
-"""Awkward shapes, layouts and memory: every entry of ``cases.SHAPES``, views of all kinds, ``out=``, what is allocated."""
+"""Awkward shapes, layouts and memory: all of ``cases.SHAPES``, views of all kinds, ``out=``, what is allocated."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def test_expanded_views(device, level):
     mask = torch.tensor([[True], [False], [True], [True]])
     ratio = torch.randn(1, 50)
     advantages = row.to(device).expand(4, 50, 3)
-    result = combine(advantages, mask=mask.to(device).expand(4, 50), log_ratio=ratio.to(device).expand(4, 50), level=level)
+    views = {"mask": mask.to(device).expand(4, 50), "log_ratio": ratio.to(device).expand(4, 50)}
+    result = combine(advantages, **views, level=level)
     dense = {"mask": mask.expand(4, 50).contiguous(), "log_ratio": ratio.expand(4, 50).contiguous(), "level": level}
     assert_matches(result, Problem(row.expand(4, 50, 3).contiguous(), options=dense))
     same = combine(torch.ones(5, 1, device=device).expand(5, 4))  # N times the same objective

@@ -375,6 +375,8 @@ int64_t combine_cuda_workspace(const CombineParams& params) {
   return block_bytes(params.n) * with_dtype(params.dtype, [&](auto s) { return blocks_for<decltype(s)>(params); });
 }
 
+int cuda_toolkit() { return CUDART_VERSION; }
+
 void launch_combine_cuda(const CombineParams& params, void* stream) {
   with_dtype(params.dtype, [&](auto s) { launch<decltype(s)>(params, static_cast<cudaStream_t>(stream)); });
 }

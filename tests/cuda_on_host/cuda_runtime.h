@@ -19,6 +19,7 @@
 #include <thread>
 #include <vector>
 
+#define CUDART_VERSION 0
 #define __global__
 #define __device__
 #define __host__

@@ -100,6 +100,7 @@ const char* cpu_instructions();  // "avx512", "avx2" or "generic": what launch_c
 #ifdef PAMA_WITH_CUDA
 int64_t combine_cuda_workspace(const CombineParams& params);  // bytes
 void launch_combine_cuda(const CombineParams& params, void* stream);
+int cuda_toolkit();  // the version built with, 13000 for 13.0
 #endif
 
 }  // namespace pama
