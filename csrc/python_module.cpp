@@ -24,7 +24,7 @@ struct Torch {
 } torch_;
 
 // This package's own Python side, handed over by _combine.py.
-PyTypeObject* combined_type = nullptr;  // Combined
+PyTypeObject* combined_type = nullptr;  // PendingCombined
 PyObject* stats_type = nullptr;         // ObjectiveStats
 PyObject* make_options = nullptr;       // _options: checked arguments -> CombineOptions
 PyObject* names_attribute = nullptr;
@@ -85,14 +85,6 @@ pama::Device device_of(DLDevice d) {
   return {pama::DeviceType::kOther, 0};
 }
 
-// The imaginary part of a conjugated complex tensor carries a "negative" bit that the table does not tell. It steps
-// over pairs of reals, so one odd stride rules it out, and the call that asks torch is rarely made.
-bool may_be_negative_view(const DLTensor& t) {
-  for (int d = 0; d < t.ndim; ++d)
-    if (t.shape[d] > 1 && t.strides[d] % 2) return false;
-  return t.dtype.code == kDLFloat;
-}
-
 // The exchange table checks nothing, so exactly torch.Tensor and nothing lazy: false if this is not one.
 bool read(PyObject* object, DLTensor& t, pama::TensorView& view) {
   if (Py_TYPE(object) != torch_.tensor) return false;
@@ -100,7 +92,8 @@ bool read(PyObject* object, DLTensor& t, pama::TensorView& view) {
     PyErr_Clear();  // no storage: meta, sparse, functorch
     return false;
   }
-  if (may_be_negative_view(t) && is_true(PyObject_Vectorcall(torch_.is_neg, &object, 1, nullptr))) return false;
+  // x.conj().imag and its like: the sign is a bit that the table does not tell.
+  if (t.dtype.code == kDLFloat && is_true(PyObject_Vectorcall(torch_.is_neg, &object, 1, nullptr))) return false;
   view = {
       static_cast<char*>(t.data) + t.byte_offset, dtype_of(t.dtype), device_of(t.device), t.ndim, t.shape, t.strides};
   return true;
@@ -186,11 +179,12 @@ py::object view(Block* block, int64_t offset, int ndim, int64_t rows, int64_t co
 
 constexpr char kPacked[] = "pama_ext.packed";
 
-// Makes field `i` of a Combined whose small fields are pending: 1 weights, 2 value, 3 stats (which settles all).
-void settle(py::handle combined, int i) {
+// Field `i` of a PendingCombined, made now if it has not been: 1 weights, 2 value, 3 stats (which makes all).
+py::object field(int i, py::handle combined) {
   PyObject* tuple = combined.ptr();
   PyObject* last = PyTuple_GET_ITEM(tuple, 3);
-  if (!PyCapsule_IsValid(last, kPacked)) return;
+  const auto item = [&] { return py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(tuple, i)); };
+  if (!PyCapsule_IsValid(last, kPacked)) return item();
   auto* packed = static_cast<Block*>(PyCapsule_GetPointer(last, kPacked));
   auto put = [&](int k, py::object value) {
     PyObject* before = PyTuple_GET_ITEM(tuple, k);
@@ -207,6 +201,7 @@ void settle(py::handle combined, int i) {
     for (int k = 0; k < pama::kStatistics; ++k) columns[k] = view(packed, k * n, 1, 1, n);
     put(3, py::reinterpret_steal<py::object>(PyObject_CallObject(stats_type, columns.ptr())));
   }
+  return item();
 }
 
 int64_t workspace_offset(const pama::CombineParams& p) {  // in bytes, behind the packed results
@@ -224,7 +219,7 @@ Block* allocate_packed(pama::CombineParams& p) {
   return packed;
 }
 
-// A Combined whose small fields are pending; takes over the reference to `packed`.
+// A PendingCombined; takes over the reference to `packed`.
 py::object new_combined(PyObject* advantages, Block* packed) {
   auto capsule = py::reinterpret_steal<py::object>(PyCapsule_New(
       packed, kPacked, [](PyObject* self) { static_cast<Block*>(PyCapsule_GetPointer(self, kPacked))->release(); }));
@@ -275,8 +270,10 @@ bool read_rewards(PyObject* rewards, pama::CombineParams& p) {
   if (!PyList_CheckExact(rewards) && !PyTuple_CheckExact(rewards)) return false;
   if (PySequence_Fast_GET_SIZE(rewards) != p.n) return false;
   for (int i = 0; i < p.n; ++i) {
-    p.reward_values[i] = PyFloat_AsDouble(PySequence_Fast_GET_ITEM(rewards, i));
-    if (PyErr_Occurred()) PyErr_Clear(), p.reward_values[i] = NAN;
+    PyObject* weight = PySequence_Fast_GET_ITEM(rewards, i);
+    if (!PyFloat_CheckExact(weight) && !PyLong_CheckExact(weight)) return false;
+    p.reward_values[i] = PyFloat_AsDouble(weight);
+    if (PyErr_Occurred()) PyErr_Clear(), p.reward_values[i] = NAN;  // an int beyond any double
     if (!std::isfinite(p.reward_values[i])) return false;
   }
   return true;
@@ -447,7 +444,7 @@ PYBIND11_MODULE(_C, m) {
       }));
   for (PyMethodDef& method : methods)
     m.add_object(method.ml_name, py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr)));
-  m.def("settle", settle);
+  m.def("field", field);
   m.def("set_python_side", [](py::object combined, py::object stats, py::object options) {
     combined_type = reinterpret_cast<PyTypeObject*>(combined.release().ptr());
     stats_type = stats.release().ptr();

@@ -85,6 +85,7 @@ Result run(const Tensors& advantages, std::optional<int64_t> dim, const MaybeTen
 
   const int count = static_cast<int>(advantages.size());
   if (count < 1 || count > pama::kMaxObjectives) throw std::invalid_argument("advantages: expected 1 to 64 tensors");
+  if (dim && count != 1) throw std::invalid_argument("advantages: expected one tensor, as dim is given");
   pama::TensorView views[pama::kMaxObjectives], others[4];
   for (int i = 0; i < count; ++i) views[i] = view(advantages[i]);
   const MaybeTensor* given[4] = {&mask, &log_ratio, &reward_weights, &out};

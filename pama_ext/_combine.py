@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pama_ext import _C, _checks, _ops
-from pama_ext._result import Combined, ObjectiveStats
+from pama_ext._result import Combined, ObjectiveStats, PendingCombined
 
 Advantages = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
@@ -132,7 +132,7 @@ def combine_(
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=256, typed=True)
 def _options(dim: Any, clip_low: Any, clip_high: Any, noon: Any, level: Any, solver: Any, normalize: Any, nan: Any,
              skip_inactive: Any, process_group: Any) -> _C.CombineOptions:  # fmt: skip
     """Options in the form of door 2; checked once for each combination a program uses."""
@@ -204,4 +204,4 @@ def _unpack(combined: Any, packed: Tensor, n: int, rows: int | None) -> Combined
     return Combined(combined, weights, value, ObjectiveStats(*stats))
 
 
-_C.set_python_side(Combined, ObjectiveStats, _options)
+_C.set_python_side(PendingCombined, ObjectiveStats, _options)

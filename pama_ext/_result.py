@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,27 +59,10 @@ class Combined(_Fields):
         stats: :class:`ObjectiveStats`.
         names: names of the objectives if the advantages came as a dict, else None (not a field of the tuple).
 
-    All but ``advantages`` live in one small buffer on the device of the input. An eager call leaves those three
-    fields pending and makes their views of the buffer when one is first read: most steps of a training loop
-    read none of them, and eleven views would cost more than the call.
+    All but ``advantages`` live in one small buffer on the device of the input.
     """
 
     names: tuple[str, ...] | None = None
-
-    @property
-    def weights(self) -> Tensor:
-        """The weights c."""
-        return cast(Tensor, _field(self, 1))
-
-    @property
-    def value(self) -> Tensor:
-        """The optimal value s*."""
-        return cast(Tensor, _field(self, 2))
-
-    @property
-    def stats(self) -> ObjectiveStats:
-        """The statistics of each objective."""
-        return cast(ObjectiveStats, _field(self, 3))
 
     def metrics(self, prefix: str = "pama/", names: Sequence[str] | None = None) -> dict[str, float]:
         """Everything small as floats, moved to the host in one transfer (the only synchronisation of this package).
@@ -108,23 +91,45 @@ class Combined(_Fields):
         return {prefix + key: number for key, number in zip(["value", *keys], host, strict=True)}
 
 
-def _field(combined: Combined, i: int) -> Any:
-    if not torch.compiler.is_dynamo_compiling():
-        _C.settle(combined, i)
-    return tuple.__getitem__(combined, i)
+class PendingCombined(Combined):
+    """What an eager call returns: a :class:`Combined` whose small fields become tensors when they are first read.
+
+    Most steps of a training loop read none of them, and making eleven views would cost more than the call itself.
+    The getters are not Python functions: a compiler that traces Python must not enter them.
+    """
+
+    weights = property(functools.partial(_C.field, 1))
+    value = property(functools.partial(_C.field, 2))
+    stats = property(functools.partial(_C.field, 3))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(_settled(self))
+
+    def __getitem__(self, index: Any) -> Any:
+        return _settled(self)[index]
+
+    def __repr__(self) -> str:
+        return repr(Combined(*self))
+
+    def __radd__(self, other: tuple[Any, ...]) -> tuple[Any, ...]:
+        return other + _settled(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Combined, _settled(self), self.__dict__
 
 
-def _settling(method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def settled(self: Combined, *args: Any, **kwargs: Any) -> Any:
-        _C.settle(self, 3)
-        return method(self, *args, **kwargs)
-
-    return settled
+def _settled(combined: Combined) -> tuple[Any, ...]:
+    return combined.advantages, combined.weights, combined.value, combined.stats
 
 
-# A tuple's own methods read its items directly, so each of them settles the pending fields first.
-for _name in ("__iter__", "__getitem__", "__contains__", "__add__", "__eq__", "__ne__", "__hash__", "__repr__",
-              "__mul__", "__rmul__", "__lt__", "__le__", "__gt__", "__ge__", "__getnewargs__", "index", "count",
-              "_asdict", "_replace"):  # fmt: skip
-    setattr(Combined, _name, _settling(getattr(_Fields, _name)))
+def _of_plain_tuple(name: str) -> Callable[..., Any]:
+    def method(self: PendingCombined, *args: Any) -> Any:
+        return getattr(_settled(self), name)(*(_settled(a) if isinstance(a, PendingCombined) else a for a in args))
+
+    return method
+
+
+# What tuple does in C reads its items directly, pending or not; so it is done on a plain tuple of the settled fields.
+for _name in ("__contains__", "__add__", "__mul__", "__rmul__", "__eq__", "__ne__", "__lt__", "__le__", "__gt__",
+              "__ge__", "__hash__", "index", "count"):  # fmt: skip
+    setattr(PendingCombined, _name, _of_plain_tuple(_name))

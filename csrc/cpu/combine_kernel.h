@@ -167,10 +167,10 @@ class Kernel {
     here.nonzero = sum(nonzero);
     here.clipped = sum(clipped);
     here.active = sum(active);
-    const double n = static_cast<double>(here.count > 0 ? here.count : 1), drift = sum(deviation);
-    const double m2 = sum(squares) - drift * drift / n;
+    const double n = static_cast<double>(here.count > 0 ? here.count : 1);
+    const double drift = sum(deviation), spread = sum(squares), m2 = spread - drift * (drift / n);
     here.mean = static_cast<double>(centre) + drift / n;
-    here.m2 = m2 < 0.0 ? 0.0 : m2;
+    here.m2 = spread == HUGE_VAL ? spread : m2 < 0.0 ? 0.0 : m2;  // squares may overflow: inf, not inf - inf
     spill(low);
     for (int k = 0; k < kLanes; ++k) here.min = tile.lanes[k] < here.min ? tile.lanes[k] : here.min;
     spill(high);

@@ -39,7 +39,7 @@ PAMA_HD void merge(Moments& into, const Moments& from) {
     const double na = static_cast<double>(into.count), nb = static_cast<double>(from.count), n = na + nb;
     const double delta = from.mean - into.mean;
     into.mean += delta * (nb / n);
-    into.m2 += from.m2 + delta * delta * (na * nb / n);
+    into.m2 += from.m2 + delta * (delta * (na * nb / n));  // in this order 0 where na is 0, even if delta^2 overflows
     into.min = from.min < into.min ? from.min : into.min;
     into.max = from.max > into.max ? from.max : into.max;
   }
