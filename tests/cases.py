@@ -90,8 +90,8 @@ class Problem:
         return advantages, {**self.options, "dim": dim}
 
     def to(self, device: torch.device) -> Problem:
-        options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
-        return dataclasses.replace(self, values=self.values.to(device), options=options)
+        options = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        return dataclasses.replace(self, values=_moved(self.values, device), options=options)
 
     def but(self, values: Tensor | None = None, layout: str | None = None, **options: Any) -> Problem:
         merged = {**self.options, **options}
@@ -101,6 +101,13 @@ class Problem:
     def mask(self) -> Tensor:
         mask = self.options.get("mask")
         return torch.ones(self.values.shape[:-1], dtype=torch.bool) if mask is None else (mask != 0)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, with its strides."""
+    if tensor.device.type == device.type:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device).copy_(tensor)
 
 
 def grid(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:

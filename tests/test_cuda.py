@@ -1,0 +1,157 @@
+"""What only a GPU has: streams, graphs, synchronisation. Everything else runs there through ``device``."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from cases import DTYPES, LEVELS, SHAPES, SOLVERS, make, normal
+from compare import assert_same_bits, assert_same_result
+from doors import DOORS, assert_matches
+
+from pama_ext import combine, combine_
+
+pytestmark = pytest.mark.cuda
+CUDA = torch.device("cuda")
+
+
+def on_gpu(shape: str = "two parts", **options):
+    return make(SHAPES[shape], draw=normal, **options).to(CUDA)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+@pytest.mark.parametrize("level", LEVELS)
+def test_runs_on_the_current_stream(door, level):
+    """The input is made late on the side stream; a launch on any other stream would read it too early."""
+    problem = on_gpu(level=level)
+    expected = combine(problem.values, **problem.options)
+    late = torch.zeros_like(problem.values)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # cycles
+        late.copy_(problem.values)
+        result = door(late, **problem.options)
+        assert not stream.query(), "the call waited for the stream"
+    stream.synchronize()
+    assert_same_result(result, expected)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("options", [{}, {"reward_weights": [1.0, 0.5]}, {"nan": "propagate", "skip_inactive": True}])
+def test_no_synchronisation(level, solver, options):
+    problem = on_gpu(level=level, solver=solver, **options)
+    out = torch.empty(problem.values.shape[:-1], device=CUDA)
+    weights = torch.ones(2, device=CUDA)
+    combine(problem.values, **problem.options)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = combine(problem.values, **problem.options)
+        _ = result.weights, result.value, result.stats
+        combine(problem.values, out=out, **{**problem.options, "reward_weights": weights})
+        combine_(problem.values.clone(), **problem.options)
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)
+        queued = torch.cuda.Event()
+        combine(problem.values, **problem.options)
+        queued.record()
+        assert not queued.query(), "the call waited for the device"
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", ["outcome rewards", "two parts", "rows that straddle tiles"])
+def test_graph_capture_and_replay(level, shape):
+    problem, other = on_gpu(shape, level=level), on_gpu(shape, level=level, seed=5)
+    values, out = problem.values.clone(), torch.empty(problem.values.shape[:-1], device=CUDA)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        combine(values, out=out, **problem.options)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = combine(values, out=out, **problem.options)
+        fresh = combine(values, **problem.options)
+    for source in (problem.values, other.values, problem.values):
+        values.copy_(source)
+        out.fill_(float("nan"))
+        graph.replay()
+        expected = combine(source, **problem.options)
+        assert_same_result(written, expected)
+        assert_same_result(fresh, expected)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1 << 18, 3), (16, 4099, 5), (3, 100_000, 2), (5000, 64)], ids=str)
+def test_large_problems_match_and_repeat(shape, dtype, level):
+    """Many blocks: the reference's numbers, and the same bits each time although blocks end in any order."""
+    problem = make(shape, dtype, level=level)
+    moved = problem.to(CUDA)
+    first = combine(moved.values, **moved.options)
+    assert_matches(first, problem)
+    for _ in range(5):
+        assert_same_result(combine(moved.values, **moved.options), first)
+    shares = combine_(moved.values.clone(), **moved.options)
+    again = combine_(moved.values.clone(), **moved.options)
+    assert_same_bits(shares.advantages, again.advantages)
+
+
+def test_calls_in_flight_share_nothing():
+    """Two streams at once: each call has its own workspace."""
+    problems = [on_gpu(seed=seed) for seed in range(8)]
+    expected = [combine(p.values, **p.options) for p in problems]
+    streams = [torch.cuda.Stream() for _ in problems]
+    torch.cuda.synchronize()
+    for _ in range(10):
+        results = []
+        for problem, stream in zip(problems, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(combine(problem.values, **problem.options))
+        torch.cuda.synchronize()
+        for result, want in zip(results, expected, strict=True):
+            assert_same_result(result, want)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_device_that_is_not_current(door):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    problem = on_gpu()
+    there = problem.to(torch.device("cuda:1"))
+    result = door(there.values, **there.options)
+    assert result.weights.device.index == 1 and torch.cuda.current_device() == 0
+    assert_same_bits(result.advantages.cpu(), combine(problem.values, **problem.options).advantages.cpu())
+
+
+def test_cpu_and_gpu_agree():
+    problem = make(SHAPES["three parts, uneven"])  # exact sums: the same weights, to the bit
+    moved = problem.to(CUDA)
+    ours, theirs = combine(problem.values, **problem.options), combine(moved.values, **moved.options)
+    for name in ("weights", "value", "advantages"):
+        assert_same_bits(getattr(theirs, name).cpu(), getattr(ours, name), name)
+    for name in ("count", "min", "max", "positive", "clipped", "nonfinite", "active_mean"):
+        assert_same_bits(getattr(theirs.stats, name).cpu(), getattr(ours.stats, name), name)
+
+
+def test_pinned_memory_is_cpu_memory():
+    values = torch.randn(33, 3).pin_memory()
+    assert_same_result(combine(values), combine(values.clone()))
+
+
+def test_metrics_are_one_transfer():
+    result = combine(on_gpu().values)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            result.metrics()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in seen if "synchronizing" in str(w.message)]) == 1
