@@ -7,6 +7,7 @@ torch's own CUDAExtension is not used: it refuses a CPU-only torch, whose header
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,14 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TORCH = Path(torch.__file__).parent
 DEFAULT_ARCHITECTURES = "8.0 9.0+PTX"
+NAMED_ARCHITECTURES = {
+    "Volta": "7.0",
+    "Turing": "7.5",
+    "Ampere": "8.0 8.6",
+    "Ada": "8.9",
+    "Hopper": "9.0",
+    "Blackwell": "10.0",
+}
 
 CXX_FLAGS = "-std=c++20 -O3 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-psabi -Wno-ignored-attributes"
 NVCC_FLAGS = "-std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall"
@@ -51,11 +60,14 @@ def find_nvcc() -> str | None:
 
 def architectures() -> list[tuple[str, str]]:
     """(virtual, real) architectures of TORCH_CUDA_ARCH_LIST, such as ("compute_90", "sm_90")."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
     pairs = []
-    for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES):
+    for entry in re.findall(
+        r"[^;\s]+", " ".join(NAMED_ARCHITECTURES.get(name, name) for name in re.split(r"[;\s]+", listed))
+    ):
         match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", entry)
-        if not match:
-            sys.exit(f"TORCH_CUDA_ARCH_LIST: expected entries such as 9.0 or 9.0+PTX, got {entry!r}")
+        if not match or int(match[1]) < 7:
+            sys.exit(f"TORCH_CUDA_ARCH_LIST: expected entries from 7.0 on, such as 9.0 or 9.0+PTX, got {entry!r}")
         number = match[1] + match[2]
         pairs.append((f"compute_{number}", f"sm_{number}"))
         if match[3]:
@@ -66,8 +78,8 @@ def architectures() -> list[tuple[str, str]]:
 def cuda_library(nvcc: str) -> Path:
     """Folder of libcudart_static.a, which the module carries so that a CPU-only torch can import it."""
     dry_run = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
-    top = re.search(r"TOP=(\S+)", dry_run.stderr)  # nvcc itself may be a wrapper that lies elsewhere
-    home = Path(top[1] if top else os.path.realpath(nvcc) + "/../..").resolve()
+    top = re.search(r"TOP=(.+)", dry_run.stderr)  # nvcc itself may be a wrapper that lies elsewhere
+    home = Path(top[1].strip() if top else os.path.realpath(nvcc) + "/../..").resolve()
     for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib", f"lib/{platform.machine()}-linux-gnu"):
         if (home / folder / "libcudart_static.a").exists():
             return home / folder
@@ -99,20 +111,22 @@ class BuildWithNinja(build_ext):
         defines = f'-DPAMA_BUILT_WITH_TORCH=\\"{torch.__version__}\\"'
         defines += f' "-DPAMA_CUDA_ARCHITECTURES=\\"{" ".join(real for _, real in pairs)}\\""'
         defines += " -DPAMA_WITH_CUDA" if nvcc else ""
-        includes = f"-I{ROOT}/csrc/include -I{ROOT}/csrc -isystem {TORCH}/include -isystem {pybind11.get_include()}"
-        includes += f" -isystem {sysconfig.get_paths()['include']}"
+        ours = f"-I{shlex.quote(f'{ROOT}/csrc/include')} -I{shlex.quote(f'{ROOT}/csrc')}"
+        theirs = (f"{TORCH}/include", pybind11.get_include(), sysconfig.get_paths()["include"])
+        includes = " ".join([ours, *(f"-isystem {shlex.quote(path)}" for path in theirs)])
         cxx = os.environ.get("CXX", "c++")
 
         n.variable("ninja_required_version", "1.5")
         n.rule("cxx", f"{cxx} $flags {CXX_FLAGS} {defines} {includes} -MMD -MF $out.d -c $in -o $out",
                depfile="$out.d", deps="gcc", description="C++ $in")  # fmt: skip
-        sources, libraries = sorted(ROOT.glob("csrc/**/*.cpp")), f"-L{TORCH}/lib -ltorch -ltorch_cpu"
+        sources, libraries = sorted(ROOT.glob("csrc/**/*.cpp")), f"-L{shlex.quote(f'{TORCH}/lib')} -ltorch -ltorch_cpu"
         if nvcc:
             codes = " ".join(f"-gencode arch={virtual},code={real}" for virtual, real in pairs)
-            n.rule("nvcc", f"{nvcc} -ccbin {cxx} {NVCC_FLAGS} {codes} -DPAMA_WITH_CUDA -I{ROOT}/csrc/include "
+            compiler = f"{shlex.quote(nvcc)} -ccbin {shlex.split(cxx)[-1]}"
+            n.rule("nvcc", f"{compiler} {NVCC_FLAGS} {codes} -DPAMA_WITH_CUDA {ours} "
                    "-MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc", description="CUDA $in")  # fmt: skip
             sources += sorted(ROOT.glob("csrc/**/*.cu"))
-            libraries += f" -L{cuda_library(nvcc)} -lcudart_static -lrt -lpthread -ldl"
+            libraries += f" -L{shlex.quote(str(cuda_library(nvcc)))} -lcudart_static -lrt -lpthread -ldl"
         objects = []
         for source in sources:
             out = source.relative_to(ROOT).with_suffix(source.suffix + ".o")
@@ -124,7 +138,6 @@ class BuildWithNinja(build_ext):
         )
         n.rule("link", f"{cxx} -shared $in {undefined} {libraries} -o $out", description="link $out")
         n.build(str(target), "link", objects)
-        n.default(str(target))
 
 
 setup(ext_modules=[Extension("pama_ext._C", sources=[])], cmdclass={"build_ext": BuildWithNinja})

@@ -1,4 +1,6 @@
 // From tensors to CombineParams: everything that can be wrong with shapes, dtypes and devices is found here.
+#include <algorithm>
+#include <array>
 #include <cmath>
 #include <stdexcept>
 
@@ -20,19 +22,55 @@ Plane plane(const TensorView& t) {
   return {static_cast<char*>(t.data), t.strides[0], t.strides[1]};
 }
 
-// No element of a [rows, cols] plane is another one's: nested or disjoint strides.
-bool writable(const Plane& p, int64_t rows, int64_t cols) {
-  if (rows * cols == 0) return true;
-  if ((cols > 1 && p.col == 0) || (rows > 1 && p.row == 0)) return false;
-  return rows <= 1 || cols <= 1 || p.row >= (cols - 1) * p.col + 1 || p.col >= (rows - 1) * p.row + 1;
+struct Axis {
+  int64_t size, stride;
+};
+
+// Whether no two elements can share memory: sorted, each stride steps over all that the smaller ones reach.
+template <size_t kAxes>
+bool distinct(std::array<Axis, kAxes> axes) {
+  std::sort(axes.begin(), axes.end(), [](const Axis& a, const Axis& b) { return a.stride < b.stride; });
+  if (std::any_of(axes.begin(), axes.end(), [](const Axis& a) { return a.size == 0; })) return true;
+  int64_t reach = 0;
+  for (const Axis& axis : axes) {
+    if (axis.size > 1 && axis.stride <= reach) return false;
+    reach += (axis.size - 1) * axis.stride;
+  }
+  return true;
 }
 
-bool dense(const Plane& p, int64_t rows, int64_t cols) {
-  return (cols <= 1 || p.col == 1) && (rows <= 1 || p.row == cols);
+bool distinct(const Plane& p, int64_t rows, int64_t cols) {
+  return distinct(std::array<Axis, 2>{{{rows, p.row}, {cols, p.col}}});
 }
 
-bool overlap(const Plane& a, int64_t a_bytes, const Plane& b, int64_t b_bytes) {
-  return a.data && a.data < b.data + b_bytes && b.data < a.data + a_bytes;
+// A run of memory. Like torch, only those of dense tensors are compared: whether two strided ones meet is not decidable
+// at no cost.
+struct Extent {
+  const char* data = nullptr;  // null: not dense, or absent
+  int64_t bytes = 0;
+
+  bool meets(const Extent& o) const { return data && o.data && data < o.data + o.bytes && o.data < data + bytes; }
+};
+
+Extent extent(const TensorView* t) {
+  if (!t) return {};
+  int64_t size = 1;
+  for (int d = t->ndim - 1; d >= 0; --d) {
+    if (t->sizes[d] != 1 && t->strides[d] != size) return {};
+    size *= t->sizes[d];
+  }
+  return {static_cast<const char*>(t->data), size * size_of(t->dtype)};
+}
+
+// What the written tensor (out, or advantages in place) may not share memory with; null if all is well.
+const char* alias(const Extent& written, const CombineTensors& t) {
+  if (written.meets(extent(t.mask)))
+    return t.in_place ? "advantages: shares memory with mask" : "out: shares memory with mask";
+  if (written.meets(extent(t.log_ratio)))
+    return t.in_place ? "advantages: shares memory with log_ratio" : "out: shares memory with log_ratio";
+  if (written.meets(extent(t.reward_weights)))
+    return t.in_place ? "advantages: shares memory with reward_weights" : "out: shares memory with reward_weights";
+  return nullptr;
 }
 
 }  // namespace
@@ -127,28 +165,26 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
     if (!same_shape(*t, sizes, ndim)) return "out: expected the shape of one objective";
     if (t->dtype != p.dtype || !(t->device == p.device)) return "out: expected the dtype and device of advantages";
     p.out = plane(*t);
-    if (!writable(p.out, rows, cols)) return "out: elements share memory";
-    if (dense(p.out, rows, cols)) {  // like torch: only dense pairs are decidable at no cost
-      const int64_t tokens = rows * cols, bytes = tokens * size_of(p.dtype);
-      for (int i = 0; i < p.n; ++i)
-        if (dense(p.advantages[i], rows, cols) && overlap(p.advantages[i], bytes, p.out, bytes))
-          return "out: shares memory with advantages";
-      const bool packed =
-          !tensors.listed && p.n > 1 && p.advantages[0].col == p.n && (rows <= 1 || p.advantages[0].row == cols * p.n);
-      if (packed && overlap(p.advantages[0], bytes * p.n, p.out, bytes)) return "out: shares memory with advantages";
-      if (dense(p.mask, rows, cols) && overlap(p.mask, tokens * size_of(p.mask_dtype), p.out, bytes))
-        return "out: shares memory with mask";
-      if (dense(p.log_ratio, rows, cols) && overlap(p.log_ratio, tokens * size_of(p.log_ratio_dtype), p.out, bytes))
-        return "out: shares memory with log_ratio";
-    }
+    if (!distinct(p.out, rows, cols)) return "out: elements share memory";
+    const Extent written = extent(t);
+    for (int i = 0; i < tensors.n; ++i)
+      if (written.meets(extent(&tensors.advantages[i]))) return "out: shares memory with advantages";
+    if (const char* problem = alias(written, tensors)) return problem;
   }
   if (tensors.in_place) {
-    for (int i = 0; i < p.n; ++i) {
-      if (!writable(p.advantages[i], rows, cols))
-        return "advantages: elements share memory, cannot be written in place";
+    constexpr const char* kShared = "advantages: elements share memory, cannot be written in place";
+    const int64_t between = p.n > 1 ? (p.advantages[1].data - p.advantages[0].data) / size_of(p.dtype) : 1;
+    if (!tensors.listed &&
+        !distinct(std::array<Axis, 3>{{{rows, p.advantages[0].row}, {cols, p.advantages[0].col}, {p.n, between}}}))
+      return kShared;
+    for (int i = 0; i < tensors.n; ++i) {
+      const Extent written = extent(&tensors.advantages[i]);
+      if (tensors.listed && !distinct(p.advantages[i], rows, cols)) return kShared;
       for (int k = 0; k < i; ++k)
-        if (p.advantages[i].data == p.advantages[k].data && rows * cols > 0)
-          return "advantages: elements share memory, cannot be written in place";
+        if (written.meets(extent(&tensors.advantages[k])) ||
+            (p.advantages[i].data == p.advantages[k].data && rows * cols > 0))
+          return kShared;
+      if (const char* problem = alias(written, tensors)) return problem;
     }
   }
 

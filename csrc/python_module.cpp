@@ -20,7 +20,7 @@ namespace {
 struct Torch {
   const DLPackExchangeAPI* exchange = nullptr;  // null: this torch has none, door 2 stays closed
   PyTypeObject* tensor = nullptr;
-  PyObject *new_empty, *requires_grad, *is_neg, *increment_version, *dispatch_modes, *function_modes;
+  PyObject *new_empty, *requires_grad, *is_neg, *increment_version, *dispatch_modes, *function_modes, *tracing;
 } torch_;
 
 // This package's own Python side, handed over by _combine.py.
@@ -38,11 +38,13 @@ void open_door() {
   if (api->header.version.major != 1 || !api->dltensor_from_py_object_no_sync) return;
   torch_.tensor = reinterpret_cast<PyTypeObject*>(py::object(tensor).release().ptr());
   torch_.new_empty = py::object(tensor.attr("new_empty")).release().ptr();
-  torch_.requires_grad = py::str("requires_grad").release().ptr();
+  torch_.requires_grad = py::object(c.attr("TensorBase").attr("requires_grad")).release().ptr();
+  if (Py_TYPE(torch_.requires_grad) != &PyGetSetDescr_Type) return;
   torch_.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
   torch_.increment_version = py::object(c.attr("_increment_version")).release().ptr();
   torch_.dispatch_modes = py::object(c.attr("_len_torch_dispatch_stack")).release().ptr();
-  torch_.function_modes = py::object(c.attr("_len_torch_function_stack")).release().ptr();
+  torch_.function_modes = py::object(c.attr("_is_torch_function_mode_enabled")).release().ptr();
+  torch_.tracing = py::object(c.attr("_is_tracing")).release().ptr();
   torch_.exchange = api;
 }
 
@@ -52,11 +54,27 @@ bool is_true(PyObject* result) {  // steals
   return PyObject_IsTrue(owned.ptr()) == 1;
 }
 
-bool modes_active() {
-  return is_true(PyObject_CallNoArgs(torch_.dispatch_modes)) || is_true(PyObject_CallNoArgs(torch_.function_modes));
+// Calls a builtin of torch with one argument or (null) none; straight into C where it is a plain one.
+PyObject* ask(PyObject* builtin, PyObject* argument = nullptr) {
+  if (PyCFunction_GetFlags(builtin) == (argument ? METH_O : METH_NOARGS))
+    return PyCFunction_GetFunction(builtin)(PyCFunction_GetSelf(builtin), argument);
+  return PyObject_Vectorcall(builtin, &argument, argument ? 1 : 0, nullptr);
 }
 
-bool requires_grad(PyObject* tensor) { return is_true(PyObject_GetAttr(tensor, torch_.requires_grad)); }
+bool modes_active() {  // torch.jit.trace included
+  return is_true(ask(torch_.dispatch_modes)) || is_true(ask(torch_.function_modes)) || is_true(ask(torch_.tracing));
+}
+
+// Forgets an error that only says "not through this door"; passes on what is none of ours, such as KeyboardInterrupt.
+void decline() {
+  if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
+  PyErr_Clear();
+}
+
+bool requires_grad(PyObject* tensor) {  // the getter itself, without the look-up by name
+  auto* descriptor = reinterpret_cast<PyGetSetDescrObject*>(torch_.requires_grad);
+  return is_true(descriptor->d_getset->get(tensor, descriptor->d_getset->closure));
+}
 
 pama::DType dtype_of(DLDataType t) {
   if (t.lanes != 1) return pama::DType::kOther;
@@ -85,18 +103,26 @@ pama::Device device_of(DLDevice d) {
   return {pama::DeviceType::kOther, 0};
 }
 
+// x.conj().imag and its like: the sign is a bit of the tensor that the table does not tell.
+bool is_negative(PyObject* tensor, const pama::TensorView& view) {
+  return pama::is_float(view.dtype) && is_true(PyObject_Vectorcall(torch_.is_neg, &tensor, 1, nullptr));
+}
+
 // The exchange table checks nothing, so exactly torch.Tensor and nothing lazy: false if this is not one.
-bool read(PyObject* object, DLTensor& t, pama::TensorView& view) {
+bool read(PyObject* object, DLTensor& t, pama::TensorView& view, bool is_output = false) {
   if (Py_TYPE(object) != torch_.tensor) return false;
   if (torch_.exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {
-    PyErr_Clear();  // no storage: meta, sparse, functorch
+    decline();  // no storage: meta, sparse, functorch
     return false;
   }
-  // x.conj().imag and its like: the sign is a bit that the table does not tell.
-  if (t.dtype.code == kDLFloat && is_true(PyObject_Vectorcall(torch_.is_neg, &object, 1, nullptr))) return false;
+  int64_t elements = 1;
+  for (int d = 0; d < t.ndim; ++d) elements *= t.shape[d];
+  if (!t.data && elements > 0) return false;  // a ZeroTensor, or the wrapper of functionalize
   view = {
       static_cast<char*>(t.data) + t.byte_offset, dtype_of(t.dtype), device_of(t.device), t.ndim, t.shape, t.strides};
-  return true;
+  // An output whose last stride is 1 cannot be such a view by any public way, and asking takes a tenth of the call.
+  if (is_output && t.ndim > 0 && t.strides[t.ndim - 1] == 1) return true;
+  return !is_negative(object, view);
 }
 
 // ---- Memory of the results: a block, owned together by the tensors that are views of it. ----
@@ -236,33 +262,45 @@ py::object new_combined(PyObject* advantages, Block* packed) {
 // ---- combine ----
 
 struct Inputs {
-  PyObject* objects[pama::kMaxObjectives];
+  PyObject* objects[pama::kMaxObjectives];  // owned: another thread may change the list or dict they come from
   DLTensor tensors[pama::kMaxObjectives];
   pama::TensorView views[pama::kMaxObjectives];
   int count = 0;
   bool listed = true;
 
-  bool add(PyObject* object) {
-    if (count == pama::kMaxObjectives || !read(object, tensors[count], views[count])) return false;
-    objects[count++] = object;
+  Inputs() = default;
+  Inputs(const Inputs&) = delete;
+  Inputs& operator=(const Inputs&) = delete;
+  ~Inputs() {
+    for (int i = 0; i < count; ++i) Py_DECREF(objects[i]);
+  }
+
+  bool hold(PyObject* object) {
+    if (count == pama::kMaxObjectives) return false;
+    objects[count++] = Py_NewRef(object);
     return true;
   }
 
-  bool add_all(PyObject* advantages) {
-    if (Py_TYPE(advantages) == torch_.tensor) {
-      listed = false;
-      return add(advantages);
-    }
-    if (PyDict_CheckExact(advantages)) {
+  // All are held before the first is read: reading may let other threads run.
+  bool read_all() {
+    for (int i = 0; i < count; ++i)
+      if (!read(objects[i], tensors[i], views[i])) return false;
+    return count > 0;
+  }
+
+  bool add(PyObject* advantages) {
+    listed = Py_TYPE(advantages) != torch_.tensor;
+    if (!listed) {
+      hold(advantages);
+    } else if (PyDict_CheckExact(advantages)) {
       PyObject *key, *value;
       for (Py_ssize_t at = 0; PyDict_Next(advantages, &at, &key, &value);)
-        if (!PyUnicode_Check(key) || !add(value)) return false;
-      return count > 0;
+        if (!PyUnicode_Check(key) || !hold(value)) return false;
+    } else if (PyList_CheckExact(advantages) || PyTuple_CheckExact(advantages)) {
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(advantages); ++i)
+        if (!hold(PySequence_Fast_GET_ITEM(advantages, i))) return false;
     }
-    if (!PyList_CheckExact(advantages) && !PyTuple_CheckExact(advantages)) return false;
-    for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(advantages); ++i)
-      if (!add(PySequence_Fast_GET_ITEM(advantages, i))) return false;
-    return count > 0;
+    return read_all();
   }
 };
 
@@ -309,10 +347,10 @@ py::object new_output(const Inputs& in, int64_t dim, pama::CombineParams& p) {
 
 // As torch's own in-place operators do: autograd must see that a tensor changes.
 void mark_written(PyObject* const* tensors, int count) {
-  py::tuple written(count);
-  for (int i = 0; i < count; ++i) written[i] = py::handle(tensors[i]);
-  PyObject* argument = written.ptr();
-  is_true(PyObject_Vectorcall(torch_.increment_version, &argument, 1, nullptr));
+  const auto written = py::reinterpret_steal<py::object>(PyTuple_New(count));
+  if (!written) throw py::error_already_set();
+  for (int i = 0; i < count; ++i) PyTuple_SET_ITEM(written.ptr(), i, Py_NewRef(tensors[i]));
+  is_true(ask(torch_.increment_version, written.ptr()));
 }
 
 // Positions of the arguments, those of pama_ext.combine in its order.
@@ -349,7 +387,7 @@ const pama::CombineOptions* options_of(PyObject* const* arguments) {
     for (size_t k = 0; k < std::size(keys); ++k) now[k] = arguments[keys[k]];
     PyObject* made = PyObject_Vectorcall(make_options, now, std::size(keys), nullptr);
     if (!made) {
-      PyErr_Clear();  // Python's checks, run next, raise it again with a clean traceback
+      decline();  // Python's checks, run next, raise it again
       return nullptr;
     }
     for (size_t k = 0; k < std::size(keys); ++k) Py_XSETREF(last[k], Py_NewRef(now[k]));
@@ -361,12 +399,13 @@ const pama::CombineOptions* options_of(PyObject* const* arguments) {
 
 py::object run(PyObject* const* arguments, bool in_place) {
   if (!torch_.exchange || modes_active()) return py::none();
-  const pama::CombineOptions* options = options_of(arguments);
-  if (!options) return py::none();
+  const pama::CombineOptions* remembered = options_of(arguments);
+  if (!remembered) return py::none();
+  const pama::CombineOptions options = *remembered;  // another thread may be next with other ones
   const py::handle advantages = arguments[kAdvantages], mask = arguments[kMask], log_ratio = arguments[kLogRatio],
                    reward_weights = arguments[kRewardWeights], out = arguments[kOut];
   Inputs in;
-  if (!in.add_all(advantages.ptr())) return py::none();
+  if (!in.add(advantages.ptr())) return py::none();
 
   DLTensor tensors[4];
   pama::TensorView views[4];
@@ -374,7 +413,7 @@ py::object run(PyObject* const* arguments, bool in_place) {
   const py::handle given[4] = {mask, log_ratio, reward_weights, out};
   for (int k = 0; k < 4; ++k) {
     if (given[k].is_none() || (k == 2 && Py_TYPE(given[k].ptr()) != torch_.tensor)) continue;
-    if (!read(given[k].ptr(), tensors[k], views[k])) return py::none();
+    if (!read(given[k].ptr(), tensors[k], views[k], k == 3)) return py::none();
     optional[k] = &views[k];
   }
   if (optional[3] && requires_grad(out.ptr())) return py::none();
@@ -383,7 +422,7 @@ py::object run(PyObject* const* arguments, bool in_place) {
 
   pama::CombineParams params;
   params.weighted = false;
-  if (pama::plan_combine(*options,
+  if (pama::plan_combine(options,
                          {in.views, in.count, in.listed, optional[0], optional[1], optional[2], optional[3], in_place},
                          params))
     return py::none();
@@ -394,7 +433,7 @@ py::object run(PyObject* const* arguments, bool in_place) {
 
   if (in_place || !out.is_none()) mark_written(in_place ? in.objects : &arguments[kOut], in_place ? in.count : 1);
   py::object result = py::reinterpret_borrow<py::object>(in_place ? advantages : out);
-  if (!in_place && out.is_none()) result = new_output(in, options->dim, params);
+  if (!in_place && out.is_none()) result = new_output(in, options.dim, params);
   py::object combined = new_combined(result.ptr(), allocate_packed(params));
   void* stream = nullptr;
   if (params.device.type == pama::DeviceType::kCUDA &&

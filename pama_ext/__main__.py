@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import platform
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -76,10 +77,14 @@ def _toolkit() -> str:
 
 
 def _runs(name: str, major: int, minor: int) -> bool:
-    """Whether code for ``sm_XY`` (same major) or ``compute_XY`` (any later) runs on a device of this capability."""
-    kind, number = name.split("_")
-    theirs = int(number[:-1]), int(number[-1])
-    if kind == "compute":
+    """Whether code for ``sm_90`` (same major), ``sm_90a`` (only that) or ``compute_90`` (and later) runs there."""
+    match = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+    if match is None:
+        return False
+    theirs = int(match[2]), int(match[3])
+    if match[4] == "a":
+        return theirs == (major, minor)
+    if match[1] == "compute":
         return theirs <= (major, minor)
     return theirs[0] == major and theirs[1] <= minor
 
@@ -96,7 +101,7 @@ def verify() -> int:
                 wrong += 1
                 print(f"  {device}: {problem} in {case['options']}, {tuple(case['advantages'].shape)}", file=sys.stderr)
         failures += wrong
-        print(f"{device}: {count} cases through {1 + _C.has_door()} doors, {wrong} differ from the reference")
+        print(f"{device}: {count} cases, {wrong} results differ from the reference")
     return int(failures > 0)
 
 
@@ -105,9 +110,10 @@ def _cases(device: str) -> Iterator[dict[str, Any]]:
     generator = torch.Generator().manual_seed(0)
     dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
     shapes = ((64, 3), (7, 130, 2), (33, 257, 5), (3, 100, 64))
-    for dtype, level, solver, shape, noon in itertools.product(
-        dtypes, ("batch", "sequence", "token"), ("closed_form", "fixed"), shapes, (True, False)
-    ):
+    choices = itertools.product(
+        dtypes, ("batch", "sequence", "token"), ("closed_form", "fixed"), shapes, (True, False), (True, False)
+    )
+    for dtype, level, solver, shape, noon, skip_inactive in choices:
         advantages = torch.randn(shape, generator=generator)
         mask = torch.rand(shape[:-1], generator=generator) < 0.8
         advantages[~mask] = float("nan")
@@ -115,7 +121,7 @@ def _cases(device: str) -> Iterator[dict[str, Any]]:
         yield {
             "advantages": advantages.to(device, dtype),
             "tensors": {"mask": mask.to(device), "log_ratio": log_ratio.to(device)},
-            "options": {"level": level, "solver": solver, "noon": noon},
+            "options": {"level": level, "solver": solver, "noon": noon, "skip_inactive": skip_inactive},
         }
 
 
@@ -123,14 +129,22 @@ def _compare(advantages: Tensor, tensors: dict[str, Any], options: dict[str, Any
     """Names of the results of either door that are further from float64 than rounding explains."""
     exact = _flat(reference.combine(advantages.double(), **tensors, **options))
     eager = _flat(reference.combine(advantages, **tensors, **options))
-    doors = (pama_ext.combine, _combine_dispatcher) if _C.has_door() else (_combine_dispatcher,)
-    for door in doors:
-        ours = _flat(door(advantages, **tensors, **options))
-        for name, truth in exact.items():
-            rounding = ROUNDINGS * torch.finfo(eager[name].dtype).eps * truth.abs().amax() if truth.numel() else 0.0
-            allowed = FACTOR * (eager[name].double() - truth).abs().amax() + rounding if truth.numel() else 0.0
-            if truth.numel() and not bool((ours[name].double() - truth).abs().amax() <= allowed):
-                yield name
+    in_place, out = advantages.clone(), torch.full_like(advantages[..., 0], float("nan"))
+    pama_ext.combine_(in_place, **tensors, **options)
+    results = {
+        "combine": _flat(pama_ext.combine(advantages, **tensors, **options)),
+        "dispatcher": _flat(_combine_dispatcher(advantages, **tensors, **options)),
+        "out=": _flat(pama_ext.combine(advantages, out=out, **tensors, **options)),
+        "combine_": {"advantages": in_place.to(exact["advantages"].dtype).sum(-1)},
+    }
+    for call, fields in results.items():
+        for name, ours in fields.items():
+            truth = exact[name]
+            stored = advantages.dtype if name == "advantages" else eager[name].dtype
+            rounding = ROUNDINGS * torch.finfo(stored).eps * truth.abs().amax()
+            allowed = FACTOR * (eager[name].double() - truth).abs().amax() + rounding
+            if not bool((ours.double() - truth).abs().amax() <= allowed):
+                yield f"{call}: {name}"
 
 
 def _flat(result: pama_ext.Combined) -> dict[str, Tensor]:

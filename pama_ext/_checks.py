@@ -146,6 +146,8 @@ def _rewards(reward_weights: Any, first: Tensor, n: int) -> None:
 def _tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {_kind(value)}")
+    if value.is_nested:
+        raise TypeError(f"{name}: expected a strided tensor, got a nested one")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a strided tensor, got {value.layout}")
 

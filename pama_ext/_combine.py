@@ -170,8 +170,6 @@ def _combine_dispatcher(
         tensors, along, mask, log_ratio, float(clip_low), float(clip_high), bool(noon), level, solver,
         reward_weights, values, nan, bool(skip_inactive),
     )  # fmt: skip
-    if (in_place or out is not None) and not _is_tracing():  # as torch's own in-place operators
-        torch.autograd.graph.increment_version(tensors if out is None else [out])
     combined: Any
     if in_place:
         combined, packed = advantages, torch.ops.pama_ext.combine_(*arguments)
@@ -179,6 +177,8 @@ def _combine_dispatcher(
         combined, packed = out, torch.ops.pama_ext.combine_out(*arguments, out)
     else:
         combined, packed = torch.ops.pama_ext.combine(*arguments)
+    if (in_place or out is not None) and not _is_tracing():  # as torch's own in-place operators
+        torch.autograd.graph.increment_version(tensors if out is None else [out])
     result = _unpack(combined, packed, n, shape[0] if level == "sequence" else None)
     if names is not None:
         result.names = names

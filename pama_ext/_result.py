@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pama_ext import _C
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ObjectiveStats(NamedTuple):
@@ -64,6 +67,11 @@ class Combined(_Fields):
 
     names: tuple[str, ...] | None = None
 
+    def _replace(self, **fields: Any) -> Self:
+        replaced = super()._replace(**fields)
+        replaced.names = self.names
+        return replaced
+
     def metrics(self, prefix: str = "pama/", names: Sequence[str] | None = None) -> dict[str, float]:
         """Everything small as floats, moved to the host in one transfer (the only synchronisation of this package).
 
@@ -111,8 +119,8 @@ class PendingCombined(Combined):
     def __repr__(self) -> str:
         return repr(Combined(*self))
 
-    def __radd__(self, other: tuple[Any, ...]) -> tuple[Any, ...]:
-        return other + _settled(self)
+    def __radd__(self, other: Any) -> Any:
+        return other + _settled(self) if isinstance(other, tuple) else NotImplemented
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Combined, _settled(self), self.__dict__

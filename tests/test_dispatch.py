@@ -114,3 +114,19 @@ def test_modes_and_subclasses_see_the_operator(device):
     result = combine(problem.values.as_subclass(Named), **problem.options)
     assert any("pama_ext" in name for name in seen)
     assert_same_bits(result.advantages.as_subclass(torch.Tensor), expected.advantages)
+
+
+def test_tensors_without_memory():
+    """They are plain torch.Tensors to look at; there is nothing to read behind them."""
+    x, zeros = torch.randn(6, 3), torch._efficientzerotensor((6, 3))
+    expected = combine(x).advantages
+    assert_same_bits(torch.func.functionalize(lambda a: combine(a).advantages)(x), expected)
+    assert_same_bits(combine(zeros).advantages, torch.zeros(6))
+    assert (combine(x, mask=torch._efficientzerotensor((6,))).stats.count == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_records_the_operator():
+    x, other = torch.randn(6, 3), torch.randn(6, 3)
+    traced = torch.jit.trace(lambda a: combine(a).advantages + a.sum(), x, check_trace=False)
+    assert_same_bits(traced(other), combine(other).advantages + other.sum())

@@ -7,7 +7,7 @@ from decimal import Decimal
 import pytest
 import torch
 
-from pama_ext import combine, combine_
+from pama_ext import _checks, combine, combine_
 
 X = torch.ones(4, 5, 3)
 NI, VE, TE = NotImplementedError, ValueError, TypeError
@@ -219,3 +219,57 @@ def test_operator_refuses_several_tensors_with_a_dim():
         torch.ops.pama_ext.combine(
             [X, X], -1, None, None, 0.2, 0.2, True, "batch", "fixed", None, None, "ignore", False
         )
+
+
+OVERLAPPING = {
+    "windows": lambda: torch.rand(10).unfold(0, 3, 1),
+    "shifted list": lambda: (lambda s: [s[:10], s[1:]])(torch.rand(11)),
+    "the same twice": lambda: [torch.ones(4)] * 2,
+    "expanded": lambda: torch.rand(1, 3).expand(6, 3),
+}
+
+
+@pytest.mark.parametrize("make", OVERLAPPING.values(), ids=OVERLAPPING)
+def test_overlapping_advantages_are_not_written(make):
+    """Nor does autograd see a write that did not happen."""
+    advantages = make()
+    tensors = advantages if isinstance(advantages, list) else [advantages]
+    before = [(t.clone(), t._version) for t in tensors]
+    with pytest.raises(ValueError, match="advantages: elements share memory"):
+        combine_(advantages)
+    for tensor, (values, version) in zip(tensors, before, strict=True):
+        assert torch.equal(tensor, values) and tensor._version == version
+
+
+@pytest.mark.parametrize("name", ["mask", "log_ratio"])
+def test_what_is_written_is_not_read(name):
+    shared = torch.ones(6)
+    for call in (
+        lambda: combine(torch.rand(6, 2), out=shared, **{name: shared}),
+        lambda: combine_([shared, torch.rand(6)], **{name: shared}),
+    ):
+        with pytest.raises(ValueError, match=f"shares memory with {name}"):
+            call()
+    assert torch.equal(shared, torch.ones(6))
+
+
+def test_interlaced_columns_may_be_written():
+    """Strided tensors that only lie in the same range share nothing."""
+    whole = torch.rand(6, 3)
+    expected = combine(whole[:, :2].clone()).advantages
+    combine(whole[:, :2], out=whole[:, 2])
+    assert torch.equal(whole[:, 2], expected)
+
+
+def test_an_interrupt_is_not_swallowed(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_checks, "options", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        combine(torch.ones(4, 2), clip_high=0.123456)
+
+
+def test_a_nested_tensor_is_named():
+    with pytest.raises(TypeError, match="advantages: expected a strided tensor, got a nested one"):
+        combine(torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)]))

@@ -203,3 +203,22 @@ def test_arithmetic_of_half_is_float32(device):
     values[::2] = 1 + 2**-7
     result = combine(values.to(device))
     assert result.value.dtype == compute_dtype(values.dtype) and result.value == 1 + 2**-8
+
+
+def test_spread_after_a_nearly_empty_tile():
+    """One valid entry far from all that follow: it may not be the centre that the others cancel against."""
+    for offset in (1e4, 1e6):
+        values = offset + torch.rand(1024, 1)
+        both = torch.cat([torch.zeros(1024, 1), values])
+        mask = torch.ones(2048)
+        mask[1:1024] = 0
+        exact, eager = (reference.combine(v, mask=mask).stats.std for v in (both.double(), both))
+        assert_close(combine(both, mask=mask).stats.std, exact, eager)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_mean_that_overflows_is_infinite(sign):
+    values = sign * torch.rand(4096, 2) * torch.finfo(torch.float32).max
+    stats = combine(values).stats
+    assert not any(field.isnan().any() for field in stats)
+    assert (stats.mean.isinf() == reference.combine(values).stats.mean.isinf()).all()

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ import torch
 
 import pama_ext
 from pama_ext import _C, combine
+from pama_ext.__main__ import _runs
+
+ROOT = Path(__file__).parents[1]
 
 
 def undefined_symbols() -> list[str]:
@@ -108,3 +112,28 @@ def test_module_that_does_not_load_says_what_to_do(tmp_path, module, message):
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode and last.startswith("ImportError: pama_ext") and "pip install" in last, run.stderr
     assert message in last, last
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "runs"),
+    [
+        ("sm_80", (8, 6), True),
+        ("sm_80", (9, 0), False),
+        ("sm_90", (9, 0), True),
+        ("sm_90a", (9, 0), True),
+        ("sm_90a", (9, 1), False),
+        ("compute_90", (12, 0), True),
+        ("compute_90", (8, 9), False),
+    ],
+)
+def test_which_code_runs_where(name, capability, runs):
+    assert _runs(name, *capability) is runs
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not in a checkout")
+def test_a_source_distribution_holds_the_kernels(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {"/".join(name.split("/")[1:]) for name in archive.getnames()}
+    assert {str(f.relative_to(ROOT)) for f in (ROOT / "csrc").rglob("*.*")} <= names

@@ -242,3 +242,9 @@ def test_signature_documents_the_defaults():
         assert ours[name].default == theirs[name].default and ours[name].kind == theirs[name].kind
     assert next(iter(ours)) == "advantages"
     assert {p.kind for p in list(ours.values())[1:]} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_a_list_takes_its_fields():
+    fields = []
+    fields += combine(torch.ones(3, 2))
+    assert same(tuple(fields), tuple(combine(torch.ones(3, 2))))

@@ -15,8 +15,27 @@
 namespace pama {
 namespace PAMA_ISA {
 
-// Sum of the lanes, halving: a fixed tree.
-template <class T, int kLanes>
+struct Add {
+  template <class V>
+  static V apply(V a, V b) {
+    return a + b;
+  }
+};
+struct Smaller {
+  template <class V>
+  static V apply(V a, V b) {
+    return b < a ? b : a;
+  }
+};
+struct Larger {
+  template <class V>
+  static V apply(V a, V b) {
+    return b > a ? b : a;
+  }
+};
+
+// The lanes combined by halving: a fixed tree.
+template <class T, int kLanes, class Op = Add>
 inline __attribute__((always_inline)) T fold(const void* lanes) {
   if constexpr (kLanes == 1) {
     return *static_cast<const T*>(lanes);
@@ -25,8 +44,8 @@ inline __attribute__((always_inline)) T fold(const void* lanes) {
     Half low, high;
     memcpy(&low, lanes, sizeof(Half));
     memcpy(&high, static_cast<const char*>(lanes) + sizeof(Half), sizeof(Half));
-    low += high;
-    return fold<T, kLanes / 2>(&low);
+    low = Op::apply(low, high);
+    return fold<T, kLanes / 2, Op>(&low);
   }
 }
 
@@ -42,15 +61,16 @@ class Kernel {
   static M& vec(I* x) { return *reinterpret_cast<M*>(x); }
   static V all(C x) { return V{} + x; }
   static M finite(V x) { return (x - x) == V{}; }
-  // Through memory, and hidden from the optimiser: GCC keeps a vector whose halves it sees taken on the stack, and the
-  // loop that accumulated it then waits for a store and a load each time round.
-  template <class Vector>
-  void spill(Vector v) {
-    memcpy(tile.lanes, &v, sizeof v);
+  // A vector on its way to a scalar goes through memory, hidden from the optimiser: GCC keeps a vector whose halves it
+  // sees taken on the stack, and the loop that accumulates it then waits for a store and a load each time round.
+  template <class... Vectors>
+  void spill(Vectors... vectors) {
+    C* to = tile.lanes;
+    ((memcpy(to, &vectors, sizeof vectors), to += kLanes), ...);
     asm volatile("" : : "r"(tile.lanes) : "memory");
   }
-  double sum(V v) { return spill(v), static_cast<double>(fold<C, kLanes>(tile.lanes)); }
-  int64_t sum(M v) { return spill(v), fold<I, kLanes>(tile.lanes); }
+  double sum(int spilled = 0) const { return static_cast<double>(fold<C, kLanes>(tile.lanes + spilled * kLanes)); }
+  int64_t count_of(int spilled) const { return fold<I, kLanes>(tile.lanes + spilled * kLanes); }
 
  public:
   explicit Kernel(const CombineParams& params)
@@ -131,7 +151,8 @@ class Kernel {
   void observe(int i, int count, Moments& m) {
     C* x = tile.x + i * stride;
     I* taken = tile.taken + i * stride;
-    const C centre = static_cast<C>(m.count > 0 ? m.mean : mean(x, count));
+    C centre = static_cast<C>(m.count >= count ? m.mean : mean(x, count));
+    if (!(centre - centre == 0)) centre = 0;  // the sum of huge entries has overflowed
 
     V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
     M counted{}, nonfinite{}, positive{}, nonzero{}, clipped{};
@@ -161,20 +182,21 @@ class Kernel {
       }
     }
     Moments here = Moments::empty();
-    here.count = sum(counted);
-    here.nonfinite = sum(nonfinite);
-    here.positive = sum(positive);
-    here.nonzero = sum(nonzero);
-    here.clipped = sum(clipped);
-    here.active = sum(active);
+    spill(counted, nonfinite, positive, nonzero, clipped, active, deviation, squares, low, high);
+    here.count = count_of(0);
+    here.nonfinite = count_of(1);
+    here.positive = count_of(2);
+    here.nonzero = count_of(3);
+    here.clipped = count_of(4);
+    here.active = sum(5);
     const double n = static_cast<double>(here.count > 0 ? here.count : 1);
-    const double drift = sum(deviation), spread = sum(squares), m2 = spread - drift * (drift / n);
+    const double drift = sum(6), spread = sum(7), m2 = spread - drift * (drift / n);
     here.mean = static_cast<double>(centre) + drift / n;
     here.m2 = spread == HUGE_VAL ? spread : m2 < 0.0 ? 0.0 : m2;  // squares may overflow: inf, not inf - inf
-    spill(low);
-    for (int k = 0; k < kLanes; ++k) here.min = tile.lanes[k] < here.min ? tile.lanes[k] : here.min;
-    spill(high);
-    for (int k = 0; k < kLanes; ++k) here.max = tile.lanes[k] > here.max ? tile.lanes[k] : here.max;
+    if (here.count > 0) {
+      here.min = fold<C, kLanes, Smaller>(tile.lanes + 8 * kLanes);
+      here.max = fold<C, kLanes, Larger>(tile.lanes + 9 * kLanes);
+    }
     merge(m, here);
   }
 
@@ -187,8 +209,9 @@ class Kernel {
       counted -= usable;
       total += usable ? entry : V{};
     }
-    const int64_t n = sum(counted);
-    return n > 0 ? sum(total) / static_cast<double>(n) : 0.0;
+    spill(counted, total);
+    const int64_t n = count_of(0);
+    return n > 0 ? sum(1) / static_cast<double>(n) : 0.0;
   }
 
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
@@ -252,9 +275,13 @@ class Kernel {
         for (int l = 0; l < smaller(kLanes, count - k); ++l) values[l] = value[l];
       }
     }
-    for (int i = 0; i < p.n; ++i) shares.weights[i] += sum(share_sum[i]);
-    shares.value += sum(value_sum);
-    shares.used += sum(used_count);
+    for (int i = 0; i < p.n; ++i) {
+      spill(share_sum[i]);
+      shares.weights[i] += sum();
+    }
+    spill(value_sum, used_count);
+    shares.value += sum(0);
+    shares.used += count_of(1);
   }
 
   void write_weights(int64_t token, int m, int i, V c, M used) const {

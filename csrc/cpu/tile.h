@@ -46,7 +46,7 @@ struct Tile {
   alignas(64) I not_above[kTileTokens];  // log_ratio <= log(1 + clip_high)
   alignas(64) I not_below[kTileTokens];  // log_ratio >= log(1 - clip_low)
   alignas(64) C out[kTileTokens + 16];
-  alignas(64) C lanes[16];  // one vector on its way to a scalar
+  alignas(64) C lanes[16 * 10];  // vectors on their way to a scalar
 
   static int stride_for(int n) { return smaller(kTileTokens, kElements / n / 16 * 16); }
 };

@@ -9,8 +9,9 @@
 namespace pama {
 
 inline void check_cuda(cudaError_t status, const char* what) {
-  if (status != cudaSuccess)
-    throw std::runtime_error(std::string("pama_ext: ") + what + ": " + cudaGetErrorString(status));
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would find this error once more
+  throw std::runtime_error(std::string("pama_ext: ") + what + ": " + cudaGetErrorString(status));
 }
 
 // Makes `device` current and puts the former one back.

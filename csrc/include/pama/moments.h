@@ -38,8 +38,13 @@ PAMA_HD void merge(Moments& into, const Moments& from) {
   if (from.count > 0) {
     const double na = static_cast<double>(into.count), nb = static_cast<double>(from.count), n = na + nb;
     const double delta = from.mean - into.mean;
-    into.mean += delta * (nb / n);
-    into.m2 += from.m2 + delta * (delta * (na * nb / n));  // in this order 0 where na is 0, even if delta^2 overflows
+    if (delta - delta == 0.0) {
+      into.mean += delta * (nb / n);
+      into.m2 += from.m2 + delta * (delta * (na * nb / n));  // in this order 0 where na is 0, even if delta^2 overflows
+    } else {                                                 // a mean has overflowed: it stays infinite
+      into.mean = into.mean - into.mean == 0.0 ? from.mean : into.mean;
+      into.m2 = HUGE_VAL;
+    }
     into.min = from.min < into.min ? from.min : into.min;
     into.max = from.max > into.max ? from.max : into.max;
   }
