@@ -54,7 +54,7 @@ def info() -> int:
 def _advise(architectures: list[str]) -> int:
     """Say in one line what does not fit, if anything."""
     if not _C.has_door():
-        print("this torch has no DLPack exchange, so calls go through the dispatcher; torch >= 2.11 has it")
+        print("this torch has no DLPack exchange, so eager calls go through the dispatcher, which costs more")
     if torch.cuda.is_available() and not architectures:
         print(
             "a CUDA device is here but this build has no CUDA kernels: rebuild with PAMA_EXT_CUDA=1 and nvcc installed"

@@ -57,7 +57,7 @@ def combine(
         mask: ``[B]`` or ``[B, T]``, bool, integer or floating: non-zero = valid. What stands at the other positions,
             NaN and inf included, has no influence. None: all valid.
         log_ratio: ``[B]`` or ``[B, T]``, floating: log pi_theta - log pi_ref, clamped to +-20 before exp. None: all
-            tokens are active.
+            tokens are active; NaN: that token is not.
         clip_low: lower clip range, >= 0: A < 0 is active where u >= 1 - clip_low.
         clip_high: upper clip range, >= 0: A > 0 is active where u <= 1 + clip_high.
         noon: clamp negative advantages to 0 first; False keeps their sign.
@@ -69,7 +69,7 @@ def combine(
         nan: "ignore" leaves non-finite entries out, for their own objective only; "propagate" lets them through.
         skip_inactive: leave objectives without an active token out of the solve, with weight 0.
         out: tensor of the shape of one objective, dtype and device of ``advantages``, that receives the combination;
-            may share memory with nothing else.
+            may share memory with nothing else (refused where both are dense; the rest is the caller's care).
         process_group: not implemented yet.
 
     Returns:

@@ -107,7 +107,9 @@ def test_module_that_does_not_load_says_what_to_do(tmp_path, module, message):
     if module:
         (copy / "_C.py").write_text(module)
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    code = [sys.executable, "-c", "import pama_ext"]
+    # An editable install would still find the compiled module of the checkout.
+    own = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]"
+    code = [sys.executable, "-c", f"{own}\nimport pama_ext"]
     run = subprocess.run(code, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode and last.startswith("ImportError: pama_ext") and "pip install" in last, run.stderr
