@@ -108,8 +108,8 @@ def test_module_that_does_not_load_says_what_to_do(tmp_path, module, message):
         (copy / "_C.py").write_text(module)
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     # An editable install would still find the compiled module of the checkout.
-    own = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]"
-    code = [sys.executable, "-c", f"{own}\nimport pama_ext"]
+    finders = "[f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]"
+    code = [sys.executable, "-c", f"import sys; sys.meta_path[:] = {finders}; import pama_ext"]
     run = subprocess.run(code, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
     last = run.stderr.strip().splitlines()[-1]
     assert run.returncode and last.startswith("ImportError: pama_ext") and "pip install" in last, run.stderr
