@@ -42,6 +42,8 @@ void open_door() try {
   torch_.requires_grad = py::object(c.attr("TensorBase").attr("requires_grad")).release().ptr();
   if (Py_TYPE(torch_.requires_grad) != &PyGetSetDescr_Type) return;
   torch_.is_neg = py::object(tensor.attr("is_neg")).release().ptr();
+  if (Py_TYPE(torch_.is_neg) != &PyMethodDescr_Type) return;
+  if (reinterpret_cast<PyMethodDescrObject*>(torch_.is_neg)->d_method->ml_flags != METH_NOARGS) return;
   torch_.increment_version = py::object(c.attr("_increment_version")).release().ptr();
   torch_.dispatch_modes = py::object(c.attr("_len_torch_dispatch_stack")).release().ptr();
   torch_.function_modes = py::object(c.attr("_is_torch_function_mode_enabled")).release().ptr();
@@ -63,9 +65,7 @@ PyObject* ask(PyObject* builtin, PyObject* argument = nullptr) {
   return PyObject_Vectorcall(builtin, &argument, argument ? 1 : 0, nullptr);
 }
 
-bool modes_active() {  // torch.jit.trace included
-  return is_true(ask(torch_.dispatch_modes)) || is_true(ask(torch_.function_modes)) || is_true(ask(torch_.tracing));
-}
+bool modes_active() { return is_true(ask(torch_.dispatch_modes)) || is_true(ask(torch_.function_modes)); }
 
 // Forgets an error that only says "not through this door"; passes on what is none of ours, such as KeyboardInterrupt.
 void decline() {
@@ -107,7 +107,9 @@ pama::Device device_of(DLDevice d) {
 
 // x.conj().imag and its like: the sign is a bit of the tensor that the table does not tell.
 bool is_negative(PyObject* tensor, const pama::TensorView& view) {
-  return pama::is_float(view.dtype) && is_true(PyObject_Vectorcall(torch_.is_neg, &tensor, 1, nullptr));
+  if (!pama::is_float(view.dtype)) return false;
+  const PyMethodDef* is_neg = reinterpret_cast<PyMethodDescrObject*>(torch_.is_neg)->d_method;
+  return is_true(is_neg->ml_meth(tensor, nullptr));
 }
 
 // The exchange table checks nothing, so exactly torch.Tensor and nothing lazy: false if this is not one.
@@ -401,6 +403,9 @@ const pama::CombineOptions* options_of(PyObject* const* arguments) {
 
 py::object run(PyObject* const* arguments, bool in_place) {
   if (!torch_.exchange || modes_active()) return py::none();
+  // torch.jit.trace, which is deprecated, would bake a result in. Asking takes long, so where out= is given nobody
+  // asks.
+  if (arguments[kOut] == Py_None && is_true(ask(torch_.tracing))) return py::none();
   const pama::CombineOptions* remembered = options_of(arguments);
   if (!remembered) return py::none();
   const pama::CombineOptions options = *remembered;  // another thread may be next with other ones

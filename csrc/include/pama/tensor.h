@@ -42,10 +42,10 @@ struct TensorView {
   const int64_t* strides;
 };
 
-// A [rows, cols] plane of elements: one objective, the mask, log_ratio or out.
+// A [rows, cols] plane of elements: one objective, the mask, log_ratio or out. Not initialised: calls carry 64 of them.
 struct Plane {
-  char* data = nullptr;
-  int64_t row = 0, col = 0;  // strides in elements
+  char* data;
+  int64_t row, col;  // strides in elements
 };
 
 }  // namespace pama
