@@ -3,8 +3,11 @@
 // The tokens are cut into parts whose number depends on the problem alone, and the parts' moments merge in order: the
 // statistics and weights are the same bits whatever the number of threads.
 #include <algorithm>
+#include <atomic>
+#include <cstring>
 #include <memory>
 #include <stdexcept>
+#include <vector>
 
 #include "isa.h"
 #include "pama/solve.h"
@@ -15,14 +18,22 @@ namespace {
 constexpr int64_t kElementsPerPart = 32 * 1024;  // about 5 us of work: below two of these, threads do not pay
 constexpr int64_t kMaxParts = 64;
 
-const CpuKernels& best_kernels() {
+// Those this machine can run, the best first.
+std::vector<const CpuKernels*> usable_kernels() {
+  std::vector<const CpuKernels*> usable;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl"))
-    return avx512::kernels;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return avx2::kernels;
+    usable.push_back(&avx512::kernels);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable.push_back(&avx2::kernels);
 #endif
-  return generic::kernels;
+  usable.push_back(&generic::kernels);
+  return usable;
+}
+
+std::atomic<const CpuKernels*>& active() {
+  static std::atomic<const CpuKernels*> kernels{usable_kernels().front()};
+  return kernels;
 }
 
 struct Part {
@@ -48,7 +59,7 @@ void for_parts(ParallelFor parallel_for, int64_t parts, int64_t units, const F& 
 
 template <class C>
 void run(const CombineParams& p, ParallelFor parallel_for) {
-  static const CpuKernels& kernels = best_kernels();
+  const CpuKernels& kernels = *active();
   const int64_t units = p.level == Level::kSequence ? p.rows : p.tokens();
   const int64_t parts = std::clamp<int64_t>(std::min(p.tokens() * p.n / kElementsPerPart, units), 1, kMaxParts);
 
@@ -100,7 +111,13 @@ void run(const CombineParams& p, ParallelFor parallel_for) {
 
 }  // namespace
 
-const char* cpu_instructions() { return best_kernels().name; }
+const char* cpu_instructions() { return active().load()->name; }
+
+bool use_cpu_instructions(const char* name) {
+  for (const CpuKernels* kernels : usable_kernels())
+    if (!strcmp(kernels->name, name)) return active() = kernels, true;
+  return false;
+}
 
 void launch_combine_cpu(const CombineParams& params, ParallelFor parallel_for) {
   if (params.dtype == DType::kFloat64) return run<double>(params, parallel_for);

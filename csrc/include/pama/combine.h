@@ -95,7 +95,8 @@ using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(
                             void* context);
 
 void launch_combine_cpu(const CombineParams& params, ParallelFor parallel_for);
-const char* cpu_instructions();  // "avx512", "avx2" or "generic": what launch_combine_cpu runs on this machine
+const char* cpu_instructions();               // what launch_combine_cpu runs: "avx512", "avx2" or "generic"
+bool use_cpu_instructions(const char* name);  // for tests: run another one; false if this machine cannot
 
 #ifdef PAMA_WITH_CUDA
 int64_t combine_cuda_workspace(const CombineParams& params);  // bytes
