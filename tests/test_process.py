@@ -154,33 +154,38 @@ def test_results_do_not_depend_on_the_default_dtype():
 
 def test_threads_with_other_options_and_other_lists():
     """What one thread remembers or replaces is no other thread's: options, and the elements of a shared list."""
-    columns = [torch.rand(4000, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    columns = [torch.rand(400, generator=torch.Generator().manual_seed(i)) for i in range(6)]
     shared, stop, wrong = list(columns[:3]), threading.Event(), []
 
     def replace():
         i = 0
         while not stop.is_set():
             i += 1
-            shared[i % 3] = torch.rand(4000)
+            shared[i % 3] = torch.rand(400)
 
     def call(seed):
-        log_ratio = torch.linspace(-1, 1, 4000)
-        for i in range(400):
-            clip = 0.1 + (seed * 400 + i) / 4000  # a new option each time: the remembered ones change all along
+        log_ratio = torch.linspace(-1, 1, 400)
+        for i in range(8000):
+            clip = clips[(seed * 400 + i) % len(clips)]  # a new option each time: the remembered ones change all along
             result = combine(columns[:3], log_ratio=log_ratio, clip_high=clip)
             if not torch.equal(result.stats.clipped, shares[clip]):
                 wrong.append(clip)
             combine(shared)
 
-    log_ratio = torch.linspace(-1, 1, 4000)
-    clips = [0.1 + i / 4000 for i in range(1600)]
+    log_ratio = torch.linspace(-1, 1, 400)
+    clips = [0.1 + i / 1000 for i in range(1600)]
     shares = {c: combine(columns[:3], log_ratio=log_ratio, clip_high=c).stats.clipped for c in clips}
     threads = [threading.Thread(target=call, args=(seed,)) for seed in range(4)]
     writer = threading.Thread(target=replace)
-    for thread in (writer, *threads):
-        thread.start()
-    for thread in threads:
-        thread.join()
-    stop.set()
-    writer.join()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # seconds: threads alternate within a call, wherever it lets them
+    try:
+        for thread in (writer, *threads):
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        stop.set()
+        writer.join()
+        sys.setswitchinterval(interval)
     assert not wrong
