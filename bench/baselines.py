@@ -61,8 +61,8 @@ def eager(
 
 def specification(advantages: Tensor, **options: Any) -> Result:
     """``pama_ext.reference`` on plain tensors, the form that ``torch.compile`` is given."""
-    shares, weights, value, stats = reference.pama(advantages, **options)
-    return shares.sum(-1), weights, value, stats
+    combined, _, weights, value, stats = reference.pama(advantages, **options)
+    return combined, weights, value, stats
 
 
 def compiled() -> Callable[..., Result]:

@@ -55,7 +55,7 @@ def run(device: str) -> int:
         moved = {name: tensor.to(device) for name, tensor in options.items()}
         for level, solver in itertools.product(LEVELS, SOLVERS):
             case = f"{list(shape)} {dtype}, level {level}, solver {solver}"
-            shares, weights, _, _ = reference.pama(host, level=level, solver=solver, **options)
+            combined, shares, weights, _, _ = reference.pama(host, level=level, solver=solver, **options)
             advantages = host.to(device, copy=True)  # combine_ writes to it
             out = torch.zeros(shape[:-1], dtype=dtype).to(device)
             forms = {
@@ -66,7 +66,7 @@ def run(device: str) -> int:
             }
             for form, arguments in forms.items():
                 result = pama_ext.combine(**arguments, **moved, level=level, solver=solver)
-                compare(f"combine, {form}, {case}", result.advantages, shares.sum(-1), dtype)
+                compare(f"combine, {form}, {case}", result.advantages, combined, dtype)
                 compare(f"weights, {form}, {case}", result.weights, weights, dtype)
             pama_ext.combine_(advantages, **moved, level=level, solver=solver)
             compare(f"combine_, {case}", advantages, shares, dtype)

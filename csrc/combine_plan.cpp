@@ -70,27 +70,80 @@ const char* alias(const Extent& written, const CombineTensors& t) {
     return t.in_place ? "advantages: shares memory with log_ratio" : "out: shares memory with log_ratio";
   if (written.meets(extent(t.reward_weights)))
     return t.in_place ? "advantages: shares memory with reward_weights" : "out: shares memory with reward_weights";
+  if (written.meets(extent(t.groups)))
+    return t.in_place ? "advantages: shares memory with normalize" : "out: shares memory with normalize";
   return nullptr;
+}
+
+// How many groups, and whether what describes them fits. On the CPU offsets are looked at as well.
+const char* plan_groups(const TensorView* t, CombineParams& p) {
+  NormalizeOptions& how = p.normalize;
+  p.groups = 1;
+  p.group_data = nullptr;
+  if (p.device.type == DeviceType::kCUDA && (p.normalizes() || p.level == Level::kGroup))
+    return "normalize: not implemented on CUDA yet";
+  if (p.row_tokens == 1) how.row_sums = false;  // a row's sum is its one token
+  if (how.groups == Groups::kSize) {
+    if (p.batch % how.group_size) return "normalize: group_size does not divide the number of rows";
+    p.groups = p.batch / how.group_size;
+  }
+  if (how.groups != Groups::kIds && how.groups != Groups::kOffsets) return nullptr;
+  if (!t) return "normalize: group_ids or group_offsets are missing";
+  if (t->ndim != 1) return "normalize: expected group_ids or group_offsets of one dimension";
+  if (!(t->device == p.device)) return "normalize: expected groups on the device of advantages";
+  p.group_data = t->data;
+  p.group_dtype = t->dtype;
+  p.group_stride = t->strides[0];
+  if (how.groups == Groups::kIds) {
+    p.groups = p.batch;
+    return t->sizes[0] == p.batch ? nullptr : "normalize: expected one of group_ids per row";
+  }
+  p.groups = t->sizes[0] - 1;
+  if (p.groups < 0) return "normalize: expected group_offsets [G + 1]";
+  if (p.device.type != DeviceType::kCPU) return nullptr;
+  int64_t last = 0;
+  for (int64_t g = 0; g <= p.groups; ++g) {
+    const int64_t offset = p.group_value(g);
+    if (offset < last || (g == 0 && offset != 0)) return "normalize: group_offsets must start at 0 and ascend";
+    last = offset;
+  }
+  return last == p.batch ? nullptr : "normalize: group_offsets must end at the number of rows";
 }
 
 }  // namespace
 
 CombineOptions::CombineOptions(int64_t dim_, double clip_low, double clip_high, bool noon_, const std::string& level_,
-                               const std::string& solver_, const std::string& nan, bool skip_inactive_)
+                               const std::string& solver_, const std::string& normalize_, const std::string& nan,
+                               bool skip_inactive_)
     : dim(dim_),
       log_low(clip_low < 1 ? std::log1p(-clip_low) : -HUGE_VAL),
       log_high(std::log1p(clip_high)),
       noon(noon_),
       propagate(nan == "propagate"),
-      skip_inactive(skip_inactive_) {
+      skip_inactive(skip_inactive_),
+      normalize(normalize_) {
   if (log_low <= -kLogRatioLimit) log_low = -HUGE_VAL;  // the clamp would not let anything beyond
   if (log_high >= kLogRatioLimit) log_high = HUGE_VAL;
-  if (level_ != "batch" && level_ != "sequence" && level_ != "token")
-    throw std::invalid_argument("level: expected 'batch', 'sequence' or 'token', got '" + level_ + "'");
-  if (solver_ != "closed_form" && solver_ != "fixed")
-    throw std::invalid_argument("solver: expected 'closed_form' or 'fixed', got '" + solver_ + "'");
-  level = level_ == "batch" ? Level::kBatch : level_ == "sequence" ? Level::kSequence : Level::kToken;
-  solver = solver_ == "fixed" ? Solver::kFixed : Solver::kClosedForm;
+  if (level_ == "batch")
+    level = Level::kBatch;
+  else if (level_ == "sequence")
+    level = Level::kSequence;
+  else if (level_ == "group")
+    level = Level::kGroup;
+  else if (level_ == "token")
+    level = Level::kToken;
+  else
+    throw std::invalid_argument("level: expected 'batch', 'sequence', 'group' or 'token', got '" + level_ + "'");
+  if (solver_ == "closed_form")
+    solver = Solver::kClosedForm;
+  else if (solver_ == "min_norm")
+    solver = Solver::kMinNorm;
+  else if (solver_ == "fixed")
+    solver = Solver::kFixed;
+  else
+    throw std::invalid_argument("solver: expected 'closed_form', 'min_norm' or 'fixed', got '" + solver_ + "'");
+  if (level == Level::kGroup && normalize.groups == Groups::kNone)
+    throw std::invalid_argument("level: \"group\" needs a Normalize that describes groups");
 }
 
 const char* plan_combine(const CombineOptions& options, const CombineTensors& tensors, CombineParams& p) {
@@ -160,6 +213,11 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
     p.weighted = true;
   }
 
+  p.batch = sizes[0];
+  p.row_tokens = ndim == 1 ? 1 : sizes[1];
+  p.normalize = options.normalize;
+  if (const char* problem = plan_groups(tensors.groups, p)) return problem;
+
   const int64_t rows = p.rows, cols = p.cols;
   if (const TensorView* t = tensors.out) {
     if (!same_shape(*t, sizes, ndim)) return "out: expected the shape of one objective";
@@ -171,6 +229,7 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
       if (written.meets(extent(&tensors.advantages[i]))) return "out: shares memory with advantages";
     if (const char* problem = alias(written, tensors)) return problem;
   }
+  if (tensors.in_place && p.normalize.combined != Pool::kNone) return "normalize: combined has no in-place form";
   if (tensors.in_place) {
     constexpr const char* kShared = "advantages: elements share memory, cannot be written in place";
     const int64_t between = p.n > 1 ? (p.advantages[1].data - p.advantages[0].data) / size_of(p.dtype) : 1;
@@ -196,12 +255,16 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
   p.in_place = tensors.in_place;
   p.solver = options.solver;
   p.level = options.level;
+  p.order = p.starts = nullptr;
+  p.sums = p.affine = nullptr;
+  p.absent_zero = false;
   p.per_token = p.level == Level::kSequence && ndim == 1;
   if (p.per_token) p.level = Level::kToken;
 
   // One long row where every plane's rows follow each other; level sequence needs its rows.
   auto joins = [&](const Plane& q) { return !q.data || q.row == cols * q.col; };
-  bool flat = p.level != Level::kSequence && joins(p.mask) && joins(p.log_ratio) && joins(p.out);
+  bool flat =
+      p.level != Level::kSequence && !p.normalize.row_sums && joins(p.mask) && joins(p.log_ratio) && joins(p.out);
   for (int i = 0; flat && i < p.n; ++i) flat = joins(p.advantages[i]);
   if (flat && rows != 1) {
     p.cols = rows * cols;

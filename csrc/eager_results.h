@@ -17,7 +17,7 @@ struct Block {
   DLManagedTensorVersioned* owner = nullptr;  // CUDA: torch's allocation. CPU: null, the memory follows this struct
   // For the packed results:
   int64_t n = 0, solves = 0;
-  bool per_row = false;  // level sequence: weights [B, N] and value [B]
+  bool per_row = false;  // many solves: weights [B, N] and value [B], or [G, N] and [G]
 
   void release() {
     if (--references) return;
@@ -123,7 +123,7 @@ Block* allocate_packed(pama::CombineParams& p) {
   Block* packed = allocate(workspace_offset(p) + pama::combine_workspace(p), {kDLFloat, bits, 1}, p.device);
   packed->n = p.n;
   packed->solves = p.solves();
-  packed->per_row = p.level == pama::Level::kSequence || p.per_token;
+  packed->per_row = p.level == pama::Level::kSequence || p.level == pama::Level::kGroup || p.per_token;
   p.packed = packed->data();
   p.workspace = static_cast<char*>(p.packed) + workspace_offset(p);
   return packed;

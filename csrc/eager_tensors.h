@@ -18,10 +18,11 @@ struct Torch {
 } torch_;
 
 // This package's own Python side, handed over by _combine.py.
-PyTypeObject* combined_type = nullptr;  // PendingCombined
-PyObject* stats_type = nullptr;         // ObjectiveStats
-PyObject* make_options = nullptr;       // _options: checked arguments -> CombineOptions
-PyObject* names_attribute = nullptr;
+PyTypeObject* combined_type = nullptr;   // PendingCombined
+PyTypeObject* normalize_type = nullptr;  // Normalize
+PyObject* stats_type = nullptr;          // ObjectiveStats
+PyObject* make_options = nullptr;        // _options: checked arguments -> CombineOptions
+PyObject *names_attribute = nullptr, *spec_attribute = nullptr, *groups_attribute = nullptr;
 
 // Leaves the door closed under a torch that lacks any of this, some of which is private to it.
 void open_door() try {

@@ -125,18 +125,20 @@ enum Argument {
   kArguments
 };
 
-// The checked options. A call site passes the same objects again and again, so the last ones are kept.
-const pama::CombineOptions* options_of(PyObject* const* arguments) {
+// The checked options. A call site passes the same objects again and again, so the last ones are kept. `normalize` is
+// None or what a Normalize spells out.
+const pama::CombineOptions* options_of(PyObject* const* arguments, PyObject* normalize) {
   constexpr Argument keys[] = {kDim,    kClipLow,   kClipHigh, kNoon,         kLevel,
                                kSolver, kNormalize, kNan,      kSkipInactive, kProcessGroup};
   static PyObject* last[std::size(keys)] = {};
   static PyObject* owner = nullptr;
   static const pama::CombineOptions* options = nullptr;
   bool same = options != nullptr;
-  for (size_t k = 0; same && k < std::size(keys); ++k) same = last[k] == arguments[keys[k]];
+  const auto key = [&](size_t k) { return keys[k] == kNormalize ? normalize : arguments[keys[k]]; };
+  for (size_t k = 0; same && k < std::size(keys); ++k) same = last[k] == key(k);
   if (!same) {
     PyObject* now[std::size(keys)];
-    for (size_t k = 0; k < std::size(keys); ++k) now[k] = arguments[keys[k]];
+    for (size_t k = 0; k < std::size(keys); ++k) now[k] = key(k);
     PyObject* made = PyObject_Vectorcall(make_options, now, std::size(keys), nullptr);
     if (!made) {
       decline();  // Python's checks, run next, raise it again
@@ -154,7 +156,13 @@ py::object run(PyObject* const* arguments, bool in_place) {
   // torch.jit.trace, which is deprecated, would bake a result in. Asking takes long, so where out= is given nobody
   // asks.
   if (arguments[kOut] == Py_None && is_true(ask(torch_.tracing))) return py::none();
-  const pama::CombineOptions* remembered = options_of(arguments);
+  py::object normalize = py::none(), groups = py::none();  // spelled out, and its tensor
+  if (arguments[kNormalize] != Py_None) {
+    if (Py_TYPE(arguments[kNormalize]) != normalize_type) return py::none();
+    normalize = py::getattr(arguments[kNormalize], spec_attribute);
+    groups = py::getattr(arguments[kNormalize], groups_attribute);
+  }
+  const pama::CombineOptions* remembered = options_of(arguments, normalize.ptr());
   if (!remembered) return py::none();
   const pama::CombineOptions options = *remembered;  // another thread may be next with other ones
   const py::handle advantages = arguments[kAdvantages], mask = arguments[kMask], log_ratio = arguments[kLogRatio],
@@ -162,26 +170,28 @@ py::object run(PyObject* const* arguments, bool in_place) {
   Inputs in;
   if (!in.add(advantages.ptr())) return py::none();
 
-  DLTensor tensors[4];
-  pama::TensorView views[4];
-  const pama::TensorView* optional[4] = {};
-  const py::handle given[4] = {mask, log_ratio, reward_weights, out};
-  for (int k = 0; k < 4; ++k) {
-    if (given[k].is_none() || (k == 2 && Py_TYPE(given[k].ptr()) != torch_.tensor)) continue;
-    if (!read(given[k].ptr(), tensors[k], views[k], k == 3)) return py::none();
+  enum { kMaskView, kRatioView, kRewardView, kGroupsView, kOutView, kViews };
+  DLTensor tensors[kViews];
+  pama::TensorView views[kViews];
+  const pama::TensorView* optional[kViews] = {};
+  const py::handle given[kViews] = {mask, log_ratio, reward_weights, groups, out};
+  for (int k = 0; k < kViews; ++k) {
+    if (given[k].is_none() || (k == kRewardView && Py_TYPE(given[k].ptr()) != torch_.tensor)) continue;
+    if (!read(given[k].ptr(), tensors[k], views[k], k == kOutView)) return py::none();
     optional[k] = &views[k];
   }
-  if (optional[3] && requires_grad(out.ptr())) return py::none();
+  if (optional[kOutView] && requires_grad(out.ptr())) return py::none();
   for (int i = 0; in_place && i < in.count; ++i)
     if (requires_grad(in.objects[i])) return py::none();
 
   pama::CombineParams params;
   params.weighted = false;
   if (pama::plan_combine(options,
-                         {in.views, in.count, in.listed, optional[0], optional[1], optional[2], optional[3], in_place},
+                         {in.views, in.count, in.listed, optional[kMaskView], optional[kRatioView],
+                          optional[kRewardView], optional[kGroupsView], optional[kOutView], in_place},
                          params))
     return py::none();
-  if (!reward_weights.is_none() && !optional[2]) {
+  if (!reward_weights.is_none() && !optional[kRewardView]) {
     if (!read_rewards(reward_weights.ptr(), params)) return py::none();
     params.weighted = true;
   }
@@ -230,17 +240,21 @@ PyMethodDef methods[] = {
 PYBIND11_MODULE(_C, m) {
   open_door();
   names_attribute = py::str("names").release().ptr();
+  spec_attribute = py::str("_spec").release().ptr();
+  groups_attribute = py::str("_groups").release().ptr();
 
   py::class_<pama::CombineOptions>(m, "CombineOptions")
       .def(py::init([](int64_t dim, double clip_low, double clip_high, bool noon, const std::string& level,
-                       const std::string& solver, const std::string& nan, bool skip_inactive) {
-        return pama::CombineOptions(dim, clip_low, clip_high, noon, level, solver, nan, skip_inactive);
+                       const std::string& solver, const std::string& normalize, const std::string& nan,
+                       bool skip_inactive) {
+        return pama::CombineOptions(dim, clip_low, clip_high, noon, level, solver, normalize, nan, skip_inactive);
       }));
   for (PyMethodDef& method : methods)
     m.add_object(method.ml_name, py::reinterpret_steal<py::object>(PyCFunction_New(&method, nullptr)));
   m.def("field", field);
-  m.def("set_python_side", [](py::object combined, py::object stats, py::object options) {
+  m.def("set_python_side", [](py::object combined, py::object stats, py::object normalize, py::object options) {
     combined_type = reinterpret_cast<PyTypeObject*>(combined.release().ptr());
+    normalize_type = reinterpret_cast<PyTypeObject*>(normalize.release().ptr());
     stats_type = stats.release().ptr();
     make_options = options.release().ptr();
   });

@@ -14,11 +14,13 @@
 #include "torch_runtime.h"
 
 // advantages: the objectives, each [B] or [B, T]; or, if dim is given, one tensor [B, N] / [B, T, N] with them along
-// dim. mask, log_ratio, out and the first result: [B] / [B, T]. reward_weights: [N], as a tensor or as numbers. packed:
-// statistics [9, N] in the order of ObjectiveStats, weights [N] (level "sequence": [B, N]), value [1] ([B]).
-#define PAMA_COMBINE_OPTIONS                                                                           \
-  "int? dim, Tensor? mask, Tensor? log_ratio, float clip_low, float clip_high, bool noon, str level, " \
-  "str solver, Tensor? reward_weights, float[]? reward_values, str nan, bool skip_inactive"
+// dim. mask, log_ratio, out and the first result: [B] / [B, T]. reward_weights: [N], as a tensor or as numbers.
+// normalize: Normalize._spec, or empty; groups: its group_ids or group_offsets. packed: statistics [10, N] in the order
+// of ObjectiveStats, weights [N] (level "sequence": [B, N], "group": [G, N]), value [1] ([B], [G]).
+#define PAMA_COMBINE_OPTIONS                                                                             \
+  "int? dim, Tensor? mask, Tensor? log_ratio, float clip_low, float clip_high, bool noon, str level, "   \
+  "str solver, str normalize, Tensor? groups, Tensor? reward_weights, float[]? reward_values, str nan, " \
+  "bool skip_inactive"
 
 STABLE_TORCH_LIBRARY(pama_ext, m) {
   m.def("combine(Tensor[] advantages, " PAMA_COMBINE_OPTIONS ") -> (Tensor combined, Tensor packed)");
@@ -78,25 +80,27 @@ struct Result {
 
 Result run(const Tensors& advantages, std::optional<int64_t> dim, const MaybeTensor& mask, const MaybeTensor& log_ratio,
            double clip_low, double clip_high, bool noon, StringHandle level, StringHandle solver,
-           const MaybeTensor& reward_weights, const std::optional<std::vector<double>>& reward_values, StringHandle nan,
-           bool skip_inactive, const MaybeTensor& out, bool in_place) {
-  const pama::CombineOptions options(dim.value_or(-1), clip_low, clip_high, noon, text(level), text(solver), text(nan),
-                                     skip_inactive);
+           StringHandle normalize, const MaybeTensor& groups, const MaybeTensor& reward_weights,
+           const std::optional<std::vector<double>>& reward_values, StringHandle nan, bool skip_inactive,
+           const MaybeTensor& out, bool in_place) {
+  const pama::CombineOptions options(dim.value_or(-1), clip_low, clip_high, noon, text(level), text(solver),
+                                     text(normalize), text(nan), skip_inactive);
 
   const int count = static_cast<int>(advantages.size());
   if (count < 1 || count > pama::kMaxObjectives) throw std::invalid_argument("advantages: expected 1 to 64 tensors");
   if (dim && count != 1) throw std::invalid_argument("advantages: expected one tensor, as dim is given");
-  pama::TensorView views[pama::kMaxObjectives], others[4];
+  pama::TensorView views[pama::kMaxObjectives], others[5];
   for (int i = 0; i < count; ++i) views[i] = view(advantages[i]);
-  const MaybeTensor* given[4] = {&mask, &log_ratio, &reward_weights, &out};
-  const pama::TensorView* optional[4] = {};
-  for (int k = 0; k < 4; ++k)
+  const MaybeTensor* given[5] = {&mask, &log_ratio, &reward_weights, &groups, &out};
+  const pama::TensorView* optional[5] = {};
+  for (int k = 0; k < 5; ++k)
     if (given[k]->has_value()) optional[k] = &(others[k] = view(given[k]->value()));
 
   pama::CombineParams params;
   params.weighted = reward_values.has_value();
   if (const char* problem = pama::plan_combine(
-          options, {views, count, !dim.has_value(), optional[0], optional[1], optional[2], optional[3], in_place},
+          options,
+          {views, count, !dim.has_value(), optional[0], optional[1], optional[2], optional[3], optional[4], in_place},
           params))
     throw std::invalid_argument(problem);
   if (reward_values) {
@@ -133,29 +137,29 @@ Result run(const Tensors& advantages, std::optional<int64_t> dim, const MaybeTen
 
 std::tuple<Tensor, Tensor> combine(Tensors advantages, std::optional<int64_t> dim, MaybeTensor mask,
                                    MaybeTensor log_ratio, double clip_low, double clip_high, bool noon,
-                                   StringHandle level, StringHandle solver, MaybeTensor reward_weights,
-                                   std::optional<std::vector<double>> reward_values, StringHandle nan,
-                                   bool skip_inactive) {
-  const Result r = run(advantages, dim, mask, log_ratio, clip_low, clip_high, noon, level, solver, reward_weights,
-                       reward_values, nan, skip_inactive, std::nullopt, false);
+                                   StringHandle level, StringHandle solver, StringHandle normalize, MaybeTensor groups,
+                                   MaybeTensor reward_weights, std::optional<std::vector<double>> reward_values,
+                                   StringHandle nan, bool skip_inactive) {
+  const Result r = run(advantages, dim, mask, log_ratio, clip_low, clip_high, noon, level, solver, normalize, groups,
+                       reward_weights, reward_values, nan, skip_inactive, std::nullopt, false);
   return {r.combined, r.packed};
 }
 
 Tensor combine_out(Tensors advantages, std::optional<int64_t> dim, MaybeTensor mask, MaybeTensor log_ratio,
                    double clip_low, double clip_high, bool noon, StringHandle level, StringHandle solver,
-                   MaybeTensor reward_weights, std::optional<std::vector<double>> reward_values, StringHandle nan,
-                   bool skip_inactive, Tensor out) {
-  return run(advantages, dim, mask, log_ratio, clip_low, clip_high, noon, level, solver, reward_weights, reward_values,
-             nan, skip_inactive, out, false)
+                   StringHandle normalize, MaybeTensor groups, MaybeTensor reward_weights,
+                   std::optional<std::vector<double>> reward_values, StringHandle nan, bool skip_inactive, Tensor out) {
+  return run(advantages, dim, mask, log_ratio, clip_low, clip_high, noon, level, solver, normalize, groups,
+             reward_weights, reward_values, nan, skip_inactive, out, false)
       .packed;
 }
 
 Tensor combine_(Tensors advantages, std::optional<int64_t> dim, MaybeTensor mask, MaybeTensor log_ratio,
                 double clip_low, double clip_high, bool noon, StringHandle level, StringHandle solver,
-                MaybeTensor reward_weights, std::optional<std::vector<double>> reward_values, StringHandle nan,
-                bool skip_inactive) {
-  return run(advantages, dim, mask, log_ratio, clip_low, clip_high, noon, level, solver, reward_weights, reward_values,
-             nan, skip_inactive, std::nullopt, true)
+                StringHandle normalize, MaybeTensor groups, MaybeTensor reward_weights,
+                std::optional<std::vector<double>> reward_values, StringHandle nan, bool skip_inactive) {
+  return run(advantages, dim, mask, log_ratio, clip_low, clip_high, noon, level, solver, normalize, groups,
+             reward_weights, reward_values, nan, skip_inactive, std::nullopt, true)
       .packed;
 }
 

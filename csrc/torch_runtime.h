@@ -10,7 +10,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace pama {
 
-inline void run_combine(const CombineParams& params, void* stream) {
+inline void run_combine(CombineParams& params, void* stream) {
 #ifdef PAMA_WITH_CUDA
   if (params.device.type == DeviceType::kCUDA) return launch_combine_cuda(params, stream);
 #endif

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pama_ext import _C
+
+if TYPE_CHECKING:
+    from pama_ext._normalize import Normalize
 
 MAX_OBJECTIVES = 64
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -20,24 +24,22 @@ def options(dim: Any, clip_low: Any, clip_high: Any, noon: Any, level: Any, solv
             skip_inactive: Any, process_group: Any) -> None:  # fmt: skip
     """Check the arguments of ``combine`` that are not tensors, for their meaning alone."""
     if isinstance(dim, bool) or not isinstance(dim, Integral):
-        raise TypeError(f"dim: expected an int, got {_kind(dim)}")
+        raise TypeError(f"dim: expected an int, got {kind_of(dim)}")
     for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
         if isinstance(clip, bool) or not isinstance(clip, Real):
-            raise TypeError(f"{name}: expected a float, got {_kind(clip)}")
+            raise TypeError(f"{name}: expected a float, got {kind_of(clip)}")
         if not float(clip) >= 0:
             raise ValueError(f"{name}: expected a clip range >= 0, got {clip}")
     for name, flag in (("noon", noon), ("skip_inactive", skip_inactive)):
         if not isinstance(flag, (bool, Integral)):
-            raise TypeError(f"{name}: expected a bool, got {_kind(flag)}")
-    if isinstance(level, str) and level == "group":
-        raise NotImplementedError('level="group" is not implemented yet')
-    if isinstance(solver, str) and solver == "min_norm":
+            raise TypeError(f"{name}: expected a bool, got {kind_of(flag)}")
+    one_of("level", level, ("batch", "sequence", "group", "token"))
+    one_of("solver", solver, ("closed_form", "min_norm", "fixed"))
+    one_of("nan", nan, ("ignore", "propagate"))
+    if level == "group" and (normalize is None or normalize.split()[1] == "none"):
+        raise ValueError('level: "group" needs a normalize with group_size, group_ids or group_offsets')
+    if solver == "min_norm":
         raise NotImplementedError('solver="min_norm" is not implemented yet')
-    _one_of("level", level, ("batch", "sequence", "token"))
-    _one_of("solver", solver, ("closed_form", "fixed"))
-    _one_of("nan", nan, ("ignore", "propagate"))
-    if normalize is not None:
-        raise NotImplementedError("normalize is not implemented yet")
     if process_group is not None:
         raise NotImplementedError("process_group is not implemented yet")
 
@@ -61,7 +63,7 @@ def tensors(
     for name, tensor in (("mask", mask), ("log_ratio", log_ratio), ("out", out)):
         if tensor is None:
             continue
-        _tensor(name, tensor)
+        strided_tensor(name, tensor)
         if tensor.shape != shape:
             raise ValueError(f"{name}: expected the shape of one objective {_list(shape)}, got {_list(tensor.shape)}")
         if tensor.device != first.device:
@@ -86,7 +88,7 @@ def _objectives(advantages: Sequence[Any], dim: int | None, names: tuple[Any, ..
         raise ValueError("advantages: expected at least one objective, got none")
     for i, tensor in enumerate(advantages):
         name = "advantages" if dim is not None else f"advantages[{names[i] if names else i!r}]"
-        _tensor(name, tensor)
+        strided_tensor(name, tensor)
         if tensor.dtype not in FLOATING:
             raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
     if names is not None and not all(isinstance(name, str) for name in names):
@@ -119,6 +121,28 @@ def _objectives(advantages: Sequence[Any], dim: int | None, names: tuple[Any, ..
     return shape, n
 
 
+def groups(normalize: Normalize, rows: int, first: Tensor, in_place: bool) -> None:
+    """Check that the groups of ``normalize`` fit ``rows`` rows on the device of ``first``."""
+    if first.device.type == "cuda":
+        raise NotImplementedError("normalize: not implemented on CUDA yet")
+    if in_place and normalize.combined != "none":
+        raise ValueError("normalize: combined has no in-place form; use combine, with out= to save memory")
+    size, ids, offsets = normalize.group_size, normalize.group_ids, normalize.group_offsets
+    if size is not None and rows % size:
+        raise ValueError(f"normalize: expected a group_size that divides the {rows} rows, got {size}")
+    for name, tensor in (("group_ids", ids), ("group_offsets", offsets)):
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(f"normalize: expected {name} on {first.device} as advantages, got {tensor.device}")
+    if ids is not None and ids.shape[0] != rows:
+        raise ValueError(f"normalize: expected one of group_ids for each of {rows} rows, got {ids.shape[0]}")
+    if offsets is not None and type(offsets) is Tensor and offsets.device.type == "cpu":  # a GPU's are not looked at
+        values = offsets.tolist()
+        if values[0] != 0 or values[-1] != rows or any(a > b for a, b in itertools.pairwise(values)):
+            raise ValueError(
+                f"normalize: expected group_offsets that start at 0, ascend and end at {rows}, got {values}"
+            )
+
+
 def _rewards(reward_weights: Any, first: Tensor, n: int) -> None:
     if reward_weights is None:
         return
@@ -133,33 +157,33 @@ def _rewards(reward_weights: Any, first: Tensor, n: int) -> None:
             )
         return
     if isinstance(reward_weights, (str, bytes)) or not isinstance(reward_weights, Sequence):
-        raise TypeError(f"reward_weights: expected a tensor or a sequence of floats, got {_kind(reward_weights)}")
+        raise TypeError(f"reward_weights: expected a tensor or a sequence of floats, got {kind_of(reward_weights)}")
     for weight in reward_weights:
         if isinstance(weight, bool) or not isinstance(weight, Real):
-            raise TypeError(f"reward_weights: expected floats, got {_kind(weight)}")
+            raise TypeError(f"reward_weights: expected floats, got {kind_of(weight)}")
         if not math.isfinite(weight):
             raise ValueError(f"reward_weights: expected finite numbers, got {weight}")
     if len(reward_weights) != n:
         raise ValueError(f"reward_weights: expected one per objective ({n}), got {len(reward_weights)}")
 
 
-def _tensor(name: str, value: Any) -> None:
+def strided_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {_kind(value)}")
+        raise TypeError(f"{name}: expected a tensor, got {kind_of(value)}")
     if value.is_nested:
         raise TypeError(f"{name}: expected a strided tensor, got a nested one")
     if value.layout != torch.strided:
         raise TypeError(f"{name}: expected a strided tensor, got {value.layout}")
 
 
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if not isinstance(value, str):
-        raise TypeError(f"{name}: expected a str, got {_kind(value)}")
+        raise TypeError(f"{name}: expected a str, got {kind_of(value)}")
     if value not in allowed:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 

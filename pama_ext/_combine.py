@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pama_ext import _C, _checks, _ops
+from pama_ext._normalize import Normalize
 from pama_ext._result import Combined, ObjectiveStats, PendingCombined
 
 Advantages = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -29,7 +30,7 @@ def combine(
     noon: bool = True,
     level: str = "batch",
     solver: str = "closed_form",
-    normalize: None = None,
+    normalize: Normalize | None = None,
     reward_weights: Tensor | Sequence[float] | None = None,
     nan: str = "ignore",
     skip_inactive: bool = False,
@@ -61,11 +62,15 @@ def combine(
         clip_low: lower clip range, >= 0: A < 0 is active where u >= 1 - clip_low.
         clip_high: upper clip range, >= 0: A > 0 is active where u <= 1 + clip_high.
         noon: clamp negative advantages to 0 first; False keeps their sign.
-        level: "batch", one solve over all valid tokens; "sequence", one per row of the first dimension; "token".
-        solver: "closed_form" (Theorem 1), or "fixed": the weights are ``reward_weights``, 1/N each if absent.
-        normalize: not implemented yet.
-        reward_weights: ``[N]``, a tensor on the device of ``advantages`` or a sequence of numbers; for the closed form
-            it multiplies each objective's advantages before the solve.
+        level: "batch", one solve over all valid tokens; "sequence", one per row of the first dimension; "group", one
+            per group of ``normalize``; "token".
+        solver: "closed_form" (Theorem 1); "min_norm", the exact minimum over the vectors of tokens, by
+            :func:`pama_ext.min_norm` of their Gram matrix (the same for a single token); or "fixed": the weights are
+            ``reward_weights``, 1/N each if absent.
+        normalize: :class:`pama_ext.Normalize`, how the advantages are normalised before all else, and the combined
+            advantage at the end.
+        reward_weights: ``[N]``, a tensor on the device of ``advantages`` or a sequence of numbers; for the closed
+            form and min-norm it multiplies each objective's advantages before the solve.
         nan: "ignore" leaves non-finite entries out, for their own objective only; "propagate" lets them through.
         skip_inactive: leave objectives without an active token out of the solve, with weight 0.
         out: tensor of the shape of one objective, dtype and device of ``advantages``, that receives the combination;
@@ -79,7 +84,7 @@ def combine(
     Raises:
         ValueError: a shape, device, range or option does not fit; the message names the argument.
         TypeError: an argument is of the wrong type or dtype.
-        NotImplementedError: ``normalize``, ``process_group``, ``level="group"`` or ``solver="min_norm"``.
+        NotImplementedError: ``process_group``, ``solver="min_norm"``; on CUDA ``normalize``.
 
     Errors are raised before any work. Values on a GPU are never inspected: no call here synchronises.
     """
@@ -88,10 +93,11 @@ def combine(
                         reward_weights, nan, skip_inactive, out, process_group)  # fmt: skip
         if result is not None:
             return result
-    _checks.options(dim, clip_low, clip_high, noon, level, solver, normalize, nan, skip_inactive, process_group)
+    _checks.options(dim, clip_low, clip_high, noon, level, solver, _spec(normalize), nan, skip_inactive, process_group)
     return _combine_dispatcher(
         advantages, dim=dim, mask=mask, log_ratio=log_ratio, clip_low=clip_low, clip_high=clip_high, noon=noon,
-        level=level, solver=solver, reward_weights=reward_weights, nan=nan, skip_inactive=skip_inactive, out=out,
+        level=level, solver=solver, normalize=normalize, reward_weights=reward_weights, nan=nan,
+        skip_inactive=skip_inactive, out=out,
     )  # fmt: skip
 
 
@@ -106,7 +112,7 @@ def combine_(
     noon: bool = True,
     level: str = "batch",
     solver: str = "closed_form",
-    normalize: None = None,
+    normalize: Normalize | None = None,
     reward_weights: Tensor | Sequence[float] | None = None,
     nan: str = "ignore",
     skip_inactive: bool = False,
@@ -114,8 +120,9 @@ def combine_(
 ) -> Combined:
     """Replace each objective's advantages by c_i A_i, in place: their sum over the objectives is the combination.
 
-    Arguments and errors are those of :func:`combine`. Nothing of the size of the input is allocated. ``advantages``
-    must not require grad and no two of its elements may share memory.
+    Arguments and errors are those of :func:`combine`, but ``Normalize.combined`` has no in-place form.
+    Nothing of the size of the input is allocated. ``advantages`` must not require grad and no two of its elements may
+    share memory.
 
     Returns:
         :class:`Combined` whose ``advantages`` is the argument itself.
@@ -125,10 +132,11 @@ def combine_(
                          reward_weights, nan, skip_inactive, None, process_group)  # fmt: skip
         if result is not None:
             return result
-    _checks.options(dim, clip_low, clip_high, noon, level, solver, normalize, nan, skip_inactive, process_group)
+    _checks.options(dim, clip_low, clip_high, noon, level, solver, _spec(normalize), nan, skip_inactive, process_group)
     return _combine_dispatcher(
         advantages, dim=dim, mask=mask, log_ratio=log_ratio, clip_low=clip_low, clip_high=clip_high, noon=noon,
-        level=level, solver=solver, reward_weights=reward_weights, nan=nan, skip_inactive=skip_inactive, in_place=True,
+        level=level, solver=solver, normalize=normalize, reward_weights=reward_weights, nan=nan,
+        skip_inactive=skip_inactive, in_place=True,
     )  # fmt: skip
 
 
@@ -137,7 +145,15 @@ def _options(dim: Any, clip_low: Any, clip_high: Any, noon: Any, level: Any, sol
              skip_inactive: Any, process_group: Any) -> _C.CombineOptions:  # fmt: skip
     """Options in the form of door 2; checked once for each combination a program uses."""
     _checks.options(dim, clip_low, clip_high, noon, level, solver, normalize, nan, skip_inactive, process_group)
-    return _C.CombineOptions(dim, clip_low, clip_high, bool(noon), level, solver, nan, bool(skip_inactive))
+    return _C.CombineOptions(
+        dim, clip_low, clip_high, bool(noon), level, solver, normalize or "", nan, bool(skip_inactive)
+    )
+
+
+def _spec(normalize: Any) -> str | None:
+    if normalize is not None and not isinstance(normalize, Normalize):
+        raise TypeError(f"normalize: expected a pama_ext.Normalize, got {_checks.kind_of(normalize)}")
+    return None if normalize is None else normalize._spec
 
 
 def _combine_dispatcher(
@@ -151,6 +167,7 @@ def _combine_dispatcher(
     noon: bool = True,
     level: str = "batch",
     solver: str = "closed_form",
+    normalize: Normalize | None = None,
     reward_weights: Tensor | Sequence[float] | None = None,
     nan: str = "ignore",
     skip_inactive: bool = False,
@@ -162,13 +179,16 @@ def _combine_dispatcher(
     along = dim if isinstance(advantages, Tensor) else None
     tensors = _listed(advantages)
     shape, n = _checks.tensors(tensors, along, mask, log_ratio, reward_weights, out, in_place, names)
+    if normalize is not None:
+        _checks.groups(normalize, shape[0], tensors[0], in_place)
     values = None
     if reward_weights is not None and not isinstance(reward_weights, Tensor):
         values, reward_weights = [float(w) for w in reward_weights], None
 
     arguments = (
         tensors, along, mask, log_ratio, float(clip_low), float(clip_high), bool(noon), level, solver,
-        reward_weights, values, nan, bool(skip_inactive),
+        normalize._spec if normalize else "", normalize._groups if normalize else None, reward_weights,
+        values, nan, bool(skip_inactive),
     )  # fmt: skip
     combined: Any
     if in_place:
@@ -179,10 +199,19 @@ def _combine_dispatcher(
         combined, packed = torch.ops.pama_ext.combine(*arguments)
     if (in_place or out is not None) and not _is_tracing():  # as torch's own in-place operators
         torch.autograd.graph.increment_version(tensors if out is None else [out])
-    result = _unpack(combined, packed, n, shape[0] if level == "sequence" else None)
+    result = _unpack(combined, packed, n, _solves(level, normalize, shape[0]))
     if names is not None:
         result.names = names
     return result
+
+
+def _solves(level: str, normalize: Normalize | None, rows: int) -> int | None:
+    """How many rows ``weights`` has; None if it has no rows."""
+    if level == "group" and normalize is not None:
+        if normalize.group_size is not None:
+            return rows // normalize.group_size
+        return rows if normalize.group_offsets is None else normalize.group_offsets.shape[0] - 1
+    return rows if level == "sequence" else None
 
 
 def _listed(advantages: Advantages) -> list[Tensor]:
@@ -204,4 +233,4 @@ def _unpack(combined: Any, packed: Tensor, n: int, rows: int | None) -> Combined
     return Combined(combined, weights, value, ObjectiveStats(*stats))
 
 
-_C.set_python_side(PendingCombined, ObjectiveStats, _options)
+_C.set_python_side(PendingCombined, ObjectiveStats, Normalize, _options)

@@ -17,18 +17,23 @@ except ImportError as error:
         "in its source tree, rebuild it: pip install --no-build-isolation --force-reinstall --no-deps ."
     ) from error
 
-STATISTICS = 9  # fields of ObjectiveStats, rows of the packed statistics
+STATISTICS = 10  # fields of ObjectiveStats, rows of the packed statistics
 
 _library = torch.library.Library("pama_ext", "FRAGMENT")
 OPERATORS = ("combine", "combine_out", "combine_")
 
 
-def _packed(advantages: list[Tensor], dim: int | None, level: str) -> Tensor:
+def _packed(advantages: list[Tensor], dim: int | None, arguments: tuple[Any, ...]) -> Tensor:
+    """``arguments``: those of the operators, from ``mask`` on."""
+    level, normalize, groups = arguments[5], arguments[7], arguments[8]
     first = advantages[0]
     n = len(advantages) if dim is None else first.shape[dim]
     solves: Any = 1
-    if level == "sequence":
+    if level in ("sequence", "group"):
         solves = first.shape[0] if dim is None or dim % first.dim() else first.shape[1]
+    if level == "group":
+        kind, size = normalize.split()[1:3]
+        solves = solves // int(size) if kind == "size" else solves if kind == "ids" else groups.shape[0] - 1
     wide = first.dtype == torch.float64
     return first.new_empty(STATISTICS * n + solves * (n + 1), dtype=torch.float64 if wide else torch.float32)
 
@@ -37,13 +42,13 @@ def _packed(advantages: list[Tensor], dim: int | None, level: str) -> Tensor:
 def _(advantages: list[Tensor], dim: int | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     first = advantages[0]
     shape = first.shape if dim is None else first.shape[: dim % first.dim()] + first.shape[dim % first.dim() + 1 :]
-    return first.new_empty(shape), _packed(advantages, dim, arguments[5])
+    return first.new_empty(shape), _packed(advantages, dim, arguments)
 
 
 @torch.library.register_fake("pama_ext::combine_out", lib=_library)
 @torch.library.register_fake("pama_ext::combine_", lib=_library)
 def _(advantages: list[Tensor], dim: int | None, *arguments: Any) -> Tensor:
-    return _packed(advantages, dim, arguments[5])
+    return _packed(advantages, dim, arguments)
 
 
 # Advantages are constants of the policy gradient: no output requires grad, whatever the inputs do.

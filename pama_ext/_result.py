@@ -24,10 +24,12 @@ class ObjectiveStats(NamedTuple):
         std: standard deviation of the raw input, correction 1; 0 when ``count <= 1``.
         min: smallest raw input.
         max: largest raw input.
-        positive: share of entries > 0, before the Noon clamp.
+        positive: share of entries > 0 after ``normalize``, before the Noon clamp.
         clipped: share with I(A) = 0 among the entries that are non-zero after the Noon clamp.
         active_mean: a_i = sum of I(A_i) / count, after ``reward_weights``; what the weights are solved from.
         nonfinite: valid entries that are NaN or infinite.
+        dead_groups: pools of ``Normalize.by`` with entries that give only 0: constant ones, and those of a single entry
+            if ``singleton="zero"``.
 
     Where there is nothing to count, a statistic is 0, never NaN.
     """
@@ -41,6 +43,7 @@ class ObjectiveStats(NamedTuple):
     clipped: Tensor
     active_mean: Tensor
     nonfinite: Tensor
+    dead_groups: Tensor
 
 
 class _Fields(NamedTuple):

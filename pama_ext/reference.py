@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pama_ext._normalize import Normalize
 from pama_ext._result import Combined, ObjectiveStats
 
 LOG_RATIO_LIMIT = 20.0
@@ -24,13 +25,13 @@ Advantages = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 def combine(advantages: Advantages, *, dim: int = -1, **options: Any) -> Combined:
     """Combine N objectives' advantages by PAMA; arguments and result are those of :func:`pama_ext.combine`."""
     stacked = _objectives_last(advantages, dim)
-    shares, weights, value, stats = pama(stacked, **options)
-    return _named(Combined(shares.sum(-1).to(stacked.dtype), weights, value, stats), advantages)
+    combined, _, weights, value, stats = pama(stacked, **options)
+    return _named(Combined(combined.to(stacked.dtype), weights, value, stats), advantages)
 
 
 def combine_(advantages: Advantages, *, dim: int = -1, **options: Any) -> Combined:
     """Replace each objective's advantages by c_i A_i in place; see :func:`pama_ext.combine_`."""
-    shares, weights, value, stats = pama(_objectives_last(advantages, dim), **options)
+    _, shares, weights, value, stats = pama(_objectives_last(advantages, dim), **options)
     if isinstance(advantages, Tensor):
         advantages.detach().movedim(dim, -1).copy_(shares)
     else:
@@ -50,28 +51,46 @@ def pama(
     noon: bool = True,
     level: str = "batch",
     solver: str = "closed_form",
+    normalize: Normalize | None = None,
     reward_weights: Tensor | Sequence[float] | None = None,
     nan: str = "ignore",
     skip_inactive: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, ObjectiveStats]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, ObjectiveStats]:
     """One PAMA combination of ``advantages`` ``[B, N]`` or ``[B, T, N]``.
 
     Returns:
-        ``(shares, weights, value, stats)``: ``shares`` is c_i A_i, shaped like ``advantages``; their sum over the
-        objectives is the combined advantage. The others are as in :class:`pama_ext.Combined`.
+        ``(combined, shares, weights, value, stats)``: ``shares`` is c_i A_i, shaped like ``advantages``; their sum over
+        the objectives is ``combined``, before ``Normalize.combined``. The others are as in
+        :class:`pama_ext.Combined`.
     """
+    normalize = normalize or Normalize()
     raw = advantages.detach().to(torch.promote_types(advantages.dtype, torch.float32))
     n, tokens = raw.shape[-1], tuple(range(raw.dim() - 1))
+    group, groups = groups_of(normalize, raw.shape[0], raw.device)
     if reward_weights is not None:
         reward_weights = torch.as_tensor(reward_weights, dtype=raw.dtype, device=raw.device)
 
     # Which entries exist: `counted` is what the statistics see, `taken` what the combination sees.
     valid = torch.ones_like(raw, dtype=torch.bool) if mask is None else (mask != 0).unsqueeze(-1).expand_as(raw)
+    by_row = normalize.over == "row_sums" and raw.dim() == 3
+    if by_row:
+        raw = row_sums(raw, valid).unsqueeze(1).expand_as(raw)
     counted = valid & torch.isfinite(raw)
     taken = counted if nan == "ignore" else valid
 
+    # Normalize.by: each objective on its own; its samples are the tokens, or the rows.
+    processed, dead = raw, raw.new_zeros(n)
+    if normalize.by != "none" and raw.numel() > 0:
+        pool, pools = (group, groups) if normalize.by == "group" else (torch.zeros_like(group), 1)
+        if by_row:
+            scores = torch.where(taken, raw, -math.inf).amax(1)
+            processed, dead = normalised(scores, taken.any(1), pool, pools, normalize)
+            processed = processed.unsqueeze(1).expand_as(raw)
+        else:
+            processed, dead = normalised(raw, taken, pool, pools, normalize)
+
     # Noon PPO: A_i = max(A'_i, 0); NaN stays NaN.
-    noon_advantages = torch.where(taken, raw, 0.0)
+    noon_advantages = torch.where(taken, processed, 0.0)
     if noon:
         noon_advantages = noon_advantages.clamp(min=0.0)
     weighted = noon_advantages
@@ -86,24 +105,39 @@ def pama(
         not_below = log_u >= (math.log1p(-clip_low) if clip_low < 1 else -math.inf)
         gated = torch.where(torch.where(weighted > 0, not_above, not_below), weighted, 0.0)
 
-    # The scalars a_i: means of I(A_i) over the whole batch, over each row, or of the token alone.
-    pool = {"batch": tokens, "sequence": tokens[1:], "token": ()}[level]
-    count = _sum(counted, pool)
-    scalars = _sum(gated, pool) / count.clamp(min=1)
-    has_data = _sum(taken, pool) > 0
+    # The scalars a_i: means of I(A_i) over the whole batch, over each row or group, or of the token alone.
+    def pooled(x: Tensor) -> Tensor:
+        if level == "group":
+            rows = _sum(x, tokens[1:])
+            return rows.new_zeros(groups, n).index_add(0, group, rows)
+        return _sum(x, {"batch": tokens, "sequence": tokens[1:], "token": ()}[level])
+
+    scalars = pooled(gated) / pooled(counted).clamp(min=1)
+    has_data = pooled(taken) > 0
 
     if solver == "fixed":
         weights = torch.full_like(scalars, 1.0 / n) if reward_weights is None else reward_weights.expand_as(scalars)
         value = torch.where(weights != 0, weights * scalars, 0.0).sum(-1)
     else:
-        kept = has_data & (_sum(gated != 0, pool) > 0) if skip_inactive else has_data
+        kept = has_data & (pooled(gated != 0) > 0) if skip_inactive else has_data
         kept = torch.where(kept.any(-1, keepdim=True), kept, has_data)  # nobody active: all that have data
         kept = kept | ~kept.any(-1, keepdim=True)  # nobody has data: everybody, hence uniform
         weights, value = closed_form(scalars, kept)
 
     # The combination: sum over i of c_i A_i. Weight 0 and entries not taken add exactly 0, whatever stands there.
-    spread = weights.reshape(weights.shape[:-1] + (1,) * len(pool) + (n,)).expand_as(raw)
+    of_row = weights[group] if level == "group" else weights
+    over = raw.dim() - 1 if level == "batch" else raw.dim() - 2 if level in ("sequence", "group") else 0
+    spread = of_row.reshape(of_row.shape[:-1] + (1,) * over + (n,)).expand_as(raw)
     shares = torch.where(taken & (spread != 0), spread * weighted, 0.0)
+    combined = shares.sum(-1)
+
+    # Normalize.combined: the combination itself, over the tokens at which any objective has data.
+    if normalize.combined != "none" and raw.numel() > 0:
+        last = normalize.combined if isinstance(normalize.combined, Normalize) else normalize
+        pool, pools = (group, groups) if normalize.combined == "group" else (torch.zeros_like(group), 1)
+        used = taken.any(-1)
+        whitened, _ = normalised(combined.unsqueeze(-1), used.unsqueeze(-1), pool, pools, last)
+        combined = torch.where(used, whitened.squeeze(-1), 0.0)
 
     if level == "token":  # reported are the means over the tokens that have data
         used = has_data.any(-1, keepdim=True)
@@ -114,7 +148,63 @@ def pama(
         else:
             mean = torch.where(used, weights, 0.0).sum(tokens) / total.clamp(min=1)
             weights = torch.where(total > 0, mean, 1.0 / n)
-    return shares, weights, value, statistics(raw, valid, noon_advantages, gated)
+    if level == "group" and normalize.group_ids is not None:  # how many groups there are is known to the ids alone
+        weights, value = weights[group], value[group]
+    return combined, shares, weights, value, statistics(raw, valid, processed, noon_advantages, gated, dead)
+
+
+def groups_of(normalize: Normalize, rows: int, device: torch.device) -> tuple[Tensor, int]:
+    """The group of each row, ``[B]`` int64, and how many groups there are; all rows are one if none are described."""
+    if normalize.group_size is not None:
+        return torch.arange(rows, device=device) // normalize.group_size, rows // normalize.group_size
+    if normalize.group_offsets is not None:
+        ends = normalize.group_offsets[1:].to(torch.int64)
+        return torch.searchsorted(ends, torch.arange(rows, device=device), right=True), ends.shape[0]
+    if normalize.group_ids is not None:
+        names, group = torch.unique(normalize.group_ids.to(torch.int64), return_inverse=True)
+        return group, names.shape[0]
+    return torch.zeros(rows, dtype=torch.int64, device=device), 1
+
+
+def row_sums(raw: Tensor, valid: Tensor) -> Tensor:
+    """Each row's score: the sum over its valid entries, ``[B, T, N]`` to ``[B, N]``; non-finite if one of them is."""
+    return torch.where(valid, raw, 0.0).double().sum(1).to(raw.dtype)
+
+
+def normalised(x: Tensor, usable: Tensor, pool: Tensor, pools: int, how: Normalize) -> tuple[Tensor, Tensor]:
+    """``x`` ``[B, ..., N]`` normalised, each objective over its usable samples in each pool of rows, in float64.
+
+    Returns:
+        the normalised samples (whatever, where not usable), and for each objective the number of pools that have
+        samples but give only 0: constant ones, and those of one sample if ``singleton="zero"``.
+    """
+    n = x.shape[-1]
+    if not (how.center or how.scale):
+        return x, x.new_zeros(n)
+    samples, used = x.double().reshape(-1, n), usable.reshape(-1, n)
+    pool = pool.repeat_interleave(samples.shape[0] // x.shape[0])
+    zero = samples.new_zeros(pools, n)
+    count = zero.index_add(0, pool, used.double())
+    mean = zero.index_add(0, pool, torch.where(used, samples, 0.0)) / count.clamp(min=1)
+    squares = torch.where(used, samples - mean[pool], 0.0).square()
+    variance = zero.index_add(0, pool, squares) / (count - how.correction).clamp(min=1)
+    index = pool.unsqueeze(1).expand_as(samples)
+    low = (zero + math.inf).scatter_reduce(0, index, torch.where(used, samples, math.inf), "amin")
+    high = (zero - math.inf).scatter_reduce(0, index, torch.where(used, samples, -math.inf), "amax")
+
+    single, constant = count == 1, (low == high) & (count > 1)
+    if how.singleton == "raw":
+        mean, variance = torch.where(single, 0.0, mean), torch.where(single, 1.0, variance)
+        dead = constant
+    else:
+        dead = constant | single
+    divisor = variance.sqrt() + how.eps if how.eps_in == "std" else (variance + how.eps).sqrt()
+    result = samples - mean[pool] if how.center else samples
+    result = result / divisor[pool] if how.scale else result
+    broken = zero.index_add(0, pool, (used & ~torch.isfinite(samples)).double()) > 0  # only if nan="propagate"
+    dead = dead & ~broken
+    result = torch.where(dead[pool], 0.0, torch.where(broken[pool], math.nan, result))
+    return result.to(x.dtype).reshape(x.shape), dead.sum(0).to(x.dtype)
 
 
 def closed_form(scalars: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
@@ -143,9 +233,13 @@ def closed_form(scalars: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(undefined, math.nan, weights), torch.where(undefined, math.nan, value).squeeze(-1)
 
 
-def statistics(raw: Tensor, valid: Tensor, noon_advantages: Tensor, gated: Tensor) -> ObjectiveStats:
-    """The statistics of each objective; all arguments ``[..., N]``, see :class:`pama_ext.ObjectiveStats`."""
-    raw, valid, noon_advantages, gated = (x.flatten(0, -2) for x in (raw, valid, noon_advantages, gated))
+def statistics(
+    raw: Tensor, valid: Tensor, processed: Tensor, noon_advantages: Tensor, gated: Tensor, dead: Tensor
+) -> ObjectiveStats:
+    """The statistics of each objective, see :class:`pama_ext.ObjectiveStats`; ``dead`` ``[N]``, others ``[..., N]``."""
+    raw, valid, processed, noon_advantages, gated = (
+        x.flatten(0, -2) for x in (raw, valid, processed, noon_advantages, gated)
+    )
     counted = valid & torch.isfinite(raw)
     count = counted.sum(0)
     divisor = count.clamp(min=1)
@@ -159,10 +253,11 @@ def statistics(raw: Tensor, valid: Tensor, noon_advantages: Tensor, gated: Tenso
         std=torch.where(count > 1, squares / (count - 1).clamp(min=1), 0.0).sqrt(),
         min=torch.where(count > 0, torch.cat([edge, torch.where(counted, raw, math.inf)]).amin(0), 0.0),
         max=torch.where(count > 0, torch.cat([-edge, torch.where(counted, raw, -math.inf)]).amax(0), 0.0),
-        positive=(counted & (raw > 0)).sum(0) / divisor.to(raw.dtype),
+        positive=(counted & (processed > 0)).sum(0) / divisor.to(raw.dtype),
         clipped=(nonzero & (gated == 0)).sum(0) / nonzero.sum(0).clamp(min=1).to(raw.dtype),
         active_mean=gated.sum(0) / divisor,
         nonfinite=(valid & ~torch.isfinite(raw)).sum(0).to(raw.dtype),
+        dead_groups=dead,
     )
 
 

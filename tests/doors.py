@@ -41,8 +41,8 @@ def _pama(problem: Problem, dtype: torch.dtype) -> tuple[Any, ...]:
     rewards = options.get("reward_weights")
     if isinstance(rewards, Tensor):
         options["reward_weights"] = rewards.to(dtype)
-    shares, weights, value, stats = reference.pama(problem.values.to(dtype), **options)
-    return shares, shares.sum(-1), weights, value, stats
+    combined, shares, weights, value, stats = reference.pama(problem.values.to(dtype), **options)
+    return shares, combined, weights, value, stats
 
 
 def assert_matches(result: Combined, problem: Problem, *, in_place: bool = False, weights: bool = True) -> None:
@@ -55,7 +55,7 @@ def assert_matches(result: Combined, problem: Problem, *, in_place: bool = False
     shares, combined, expected_weights, value, stats = _pama(problem, torch.float64)
     base_shares, base_combined, base_weights, base_value, base_stats = _pama(problem, compute)
     # Rounding is relative to what was added up: the mean of |A|, the sum of the shares, the largest |a_i|.
-    size = reference.pama(problem.values.double().abs(), mask=problem.options.get("mask"))[3].mean
+    size = reference.pama(problem.values.double().abs(), mask=problem.options.get("mask"))[4].mean
     rewards = problem.options.get("reward_weights")
     fixed = problem.options.get("solver") == "fixed"
     factor = 1.0 if rewards is None or fixed else torch.as_tensor(rewards).double().abs()

@@ -32,7 +32,10 @@ def build(folder: Path, kernel: Path) -> Callable[..., int]:
     library = folder / "combine_on_host.so"
     command = [CXX, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread", f'-DCOMBINE_CU="{kernel}"']
     command += ["-DPAMA_WITH_CUDA", f"-I{ROOT}/tests/cuda_on_host", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cuda"]
-    command += [str(ROOT / "tests/cuda_on_host/combine_on_host.cpp"), str(ROOT / "csrc/combine_plan.cpp")]
+    command += [
+        str(ROOT / "tests/cuda_on_host/combine_on_host.cpp"),
+        *(str(ROOT / f"csrc/{name}.cpp") for name in ("combine_plan", "normalize")),
+    ]
     subprocess.run([*command, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library)).combine_on_host
 
@@ -49,7 +52,7 @@ def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_for
     compute = torch.float64 if advantages.dtype == torch.float64 else torch.float32
     advantages = advantages.clone()
     out = None if in_place else torch.full(advantages.shape[:-1], float("nan"), dtype=advantages.dtype)
-    packed = torch.full((9 * n + rows * (n + 1),), float("nan"), dtype=compute)
+    packed = torch.full((10 * n + rows * (n + 1),), float("nan"), dtype=compute)
     rewards = None if reward_weights is None else (ctypes.c_double * n)(*reward_weights)
     problem = ctypes.c_char_p()
     pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (mask, log_ratio, out, packed)]

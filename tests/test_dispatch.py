@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pama_ext import combine, combine_
 
-NAMES = ("dim", "mask", "log_ratio", "clip_low", "clip_high", "noon", "level", "solver", "reward_weights",
-         "reward_values", "nan", "skip_inactive")  # fmt: skip
-DEFAULTS = (-1, None, None, 0.2, 0.2, True, "batch", "closed_form", None, None, "ignore", False)
+NAMES = ("dim", "mask", "log_ratio", "clip_low", "clip_high", "noon", "level", "solver", "normalize", "groups",
+         "reward_weights", "reward_values", "nan", "skip_inactive")  # fmt: skip
+DEFAULTS = (-1, None, None, 0.2, 0.2, True, "batch", "closed_form", "", None, None, None, "ignore", False)
 
 
 PROBLEM = make((6, 9, 3), draw=normal)

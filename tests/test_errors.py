@@ -25,16 +25,15 @@ OPTION_ERRORS = [
     ({"clip_high": float("nan")}, VE, "clip_high: expected a clip range >= 0, got nan"),
     ({"noon": "yes"}, TE, "noon: expected a bool, got a str"),
     ({"skip_inactive": None}, TE, "skip_inactive: expected a bool, got a NoneType"),
-    ({"level": "row"}, VE, r"level: expected one of 'batch', 'sequence', 'token', got 'row'"),
+    ({"level": "row"}, VE, r"level: expected one of 'batch', 'sequence', 'group', 'token', got 'row'"),
     ({"level": 1}, TE, "level: expected a str, got a int"),
     ({"level": ["batch"]}, TE, "level: expected a str, got a list"),
-    ({"solver": "exact"}, VE, r"solver: expected one of 'closed_form', 'fixed', got 'exact'"),
+    ({"solver": "exact"}, VE, r"solver: expected one of 'closed_form', 'min_norm', 'fixed', got 'exact'"),
     ({"solver": None}, TE, "solver: expected a str, got a NoneType"),
     ({"nan": "raise"}, VE, r"nan: expected one of 'ignore', 'propagate', got 'raise'"),
     ({"nan": 0.0}, TE, "nan: expected a str, got a float"),
-    ({"level": "group"}, NI, 'level="group"'),
-    ({"solver": "min_norm"}, NI, 'solver="min_norm"'),
-    ({"normalize": "batch"}, NI, "normalize"),
+    ({"level": "group"}, VE, 'level: "group" needs a normalize'),
+    ({"normalize": "batch"}, TE, "normalize: expected a pama_ext.Normalize, got a str"),
     ({"process_group": object()}, NI, "process_group"),
 ]
 TENSOR_ERRORS = [
@@ -192,8 +191,9 @@ def test_operators_called_directly_raise():
 
     def arguments(advantages=None, **other):
         values = {"dim": -1, "mask": None, "log_ratio": None, "clip_low": 0.2, "clip_high": 0.2, "noon": True,
-                  "level": "batch", "solver": "closed_form", "reward_weights": None, "reward_values": None,
-                  "nan": "ignore", "skip_inactive": False, **other}  # fmt: skip
+                  "level": "batch", "solver": "closed_form", "normalize": "", "groups": None,
+                  "reward_weights": None, "reward_values": None, "nan": "ignore",
+                  "skip_inactive": False, **other}  # fmt: skip
         return ([x] if advantages is None else advantages, *values.values())
 
     bad = [
@@ -217,7 +217,7 @@ def test_operators_called_directly_raise():
 def test_operator_refuses_several_tensors_with_a_dim():
     with pytest.raises((RuntimeError, ValueError)):
         torch.ops.pama_ext.combine(
-            [X, X], -1, None, None, 0.2, 0.2, True, "batch", "fixed", None, None, "ignore", False
+            [X, X], -1, None, None, 0.2, 0.2, True, "batch", "fixed", "", None, None, None, "ignore", False
         )
 
 

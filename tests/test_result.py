@@ -97,7 +97,7 @@ def test_order_of_access_does_not_matter(order, level, device):
 def test_it_is_a_tuple():
     result = fresh()
     assert isinstance(result, tuple) and isinstance(result, Combined) and len(result) == 4
-    assert Combined._fields == FIELDS and ObjectiveStats._fields[0] == "count" and len(ObjectiveStats._fields) == 9
+    assert Combined._fields == FIELDS and ObjectiveStats._fields[0] == "count" and len(ObjectiveStats._fields) == 10
     assert result == result and (result != result) is False
     assert hash(result) == hash(tuple(result))
     assert result.weights in [result[1]] and result.index(result[0]) == 0
@@ -112,7 +112,7 @@ def test_it_is_a_tuple():
 
 def test_a_function_can_return_it_and_a_pytree_can_rebuild_it():
     leaves, spec = pytree.tree_flatten(fresh())
-    assert len(leaves) == 12 and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    assert len(leaves) == 13 and all(isinstance(leaf, torch.Tensor) for leaf in leaves)
     assert same(pytree.tree_unflatten(leaves, spec), settled())
     assert isinstance(pytree.tree_unflatten(leaves, spec), Combined)
 
@@ -155,7 +155,7 @@ def test_dtypes_shapes_and_devices(device, dtype, level):
     rows = (5,) if level == "sequence" else ()
     assert result.advantages.dtype == dtype and result.advantages.shape == (5, 7) and result.advantages.is_contiguous()
     small = (result.weights, result.value, *result.stats)
-    assert [t.shape for t in small] == [(*rows, 3), rows, *[(3,)] * 9]
+    assert [t.shape for t in small] == [(*rows, 3), rows, *[(3,)] * 10]
     for tensor in (result.advantages, *small):
         assert not tensor.requires_grad and tensor.grad_fn is None and type(tensor) is torch.Tensor
         assert tensor.device.type == device.type

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "groups.h"
 #include "isa.h"
 #include "pama/solve.h"
 
@@ -57,38 +58,159 @@ void for_parts(ParallelFor parallel_for, int64_t parts, int64_t units, const F& 
   if (parallel_for(0, parts, 1, run, &context) != 0) throw std::runtime_error("torch_parallel_for failed");
 }
 
+// How much two passes over the same tokens may cover for the second to find them in the second-level cache.
+constexpr int64_t kElementsPerBlock = 32 * 1024;
+
+int64_t parts_for(const CombineParams& p, int64_t units) {
+  return std::clamp<int64_t>(std::min(p.tokens() * p.n / kElementsPerPart, units), 1, kMaxParts);
+}
+
+// A view of the problem whose samples are the scores of the rows, or the combined advantage.
+CombineParams samples_of(const CombineParams& p, int n, const MomentRules& rules, Pool by) {
+  CombineParams q = p;
+  q.n = n;
+  q.mask = Plane{};
+  q.absent_zero = true;
+  q.sums = nullptr;
+  q.level = Level::kBatch;
+  q.normalize.by = by;
+  q.normalize.combined = Pool::kNone;
+  q.normalize.each = rules;
+  return q;
+}
+
 template <class C>
-void run(const CombineParams& p, ParallelFor parallel_for) {
-  const CpuKernels& kernels = *active();
-  const int64_t units = p.level == Level::kSequence ? p.rows : p.tokens();
-  const int64_t parts = std::clamp<int64_t>(std::min(p.tokens() * p.n / kElementsPerPart, units), 1, kMaxParts);
+class Run {
+ public:
+  Run(CombineParams& params, ParallelFor parallel) : p(params), kernels(*active()), parallel_for(parallel) {}
 
-  Part one;
-  const std::unique_ptr<Part[]> many(parts > 1 ? new Part[parts] : nullptr);
-  Part* const part = parts > 1 ? many.get() : &one;
+  void operator()() {
+    const Grouping grouping(p);
+    std::fill(dead, dead + p.n, 0);
+    normalize();
+    combine();
+    if (p.normalize.combined != Pool::kNone) normalize_combined();
+  }
 
-  for_parts(parallel_for, parts, units, [&](int64_t k, int64_t first, int64_t last) {
-    std::fill(part[k].moments, part[k].moments + p.n, Moments::empty());
-    if (p.level == Level::kToken) {
-      std::fill(part[k].shares.weights, part[k].shares.weights + p.n, 0.0);
-      part[k].shares.value = 0.0;
-      part[k].shares.used = 0;
-      kernels.tokens(p, first, last, part[k].moments, part[k].shares);
-    } else if (p.level == Level::kSequence) {
-      kernels.sequences(p, first, last, part[k].moments);
-    } else {
-      kernels.scan(p, first, last, part[k].moments);
+ private:
+  // Units are dealt out so that a part's groups, if they are measured on the way, are its own.
+  void normalize() {
+    if (p.normalize.row_sums) {
+      sums.reset(new C[p.batch * p.n]);
+      CombineParams q = p;
+      q.order = nullptr;
+      q.sums = sums.get();
+      for_parts(parallel_for, parts_for(p, p.batch), p.batch,
+                [&](int64_t, int64_t first, int64_t last) { kernels.sum_rows(q, first, last); });
     }
-  });
-  for (int64_t k = 1; k < parts; ++k)
-    for (int i = 0; i < p.n; ++i) merge(part[0].moments[i], part[k].moments[i]);
+    const Pool by = p.normalize.by;
+    if (by == Pool::kNone) {
+      p.sums = sums.get();
+      return;
+    }
+    map.reset(new Affine<C>[p.n * (by == Pool::kGroup ? p.groups : 1)]);
+    p.affine = map.get();
+    measures = !sums && by == Pool::kGroup && p.level != Level::kSequence;
+    if (measures) return;
+    CombineParams q = p;
+    if (sums) {
+      q = samples_of(p, p.n, p.normalize.each, by);
+      q.dtype = sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32;
+      q.rows = q.row_tokens = 1;
+      q.cols = p.batch;
+      for (int i = 0; i < p.n; ++i) q.advantages[i] = {reinterpret_cast<char*>(sums.get() + i), 0, p.n};
+    }
+    measure(q, dead);
+    p.sums = sums.get();
+  }
 
-  C* packed = static_cast<C*>(p.packed);
-  for (int i = 0; i < p.n; ++i) write_statistics(part[0].moments[i], i, p.n, packed);
-  if (p.level == Level::kSequence || p.per_token) return;
+  // The maps of q's pools; how many of them give only 0 is added to dead[n].
+  void measure(const CombineParams& q, int64_t* dead_pools) {
+    const bool groups = q.normalize.by == Pool::kGroup;
+    const int64_t units = groups ? q.groups : q.tokens(), parts = parts_for(q, units);
+    const std::unique_ptr<Moments[]> moments(new Moments[parts * q.n]);
+    std::fill(moments.get(), moments.get() + parts * q.n, Moments::empty());
+    for_parts(parallel_for, parts, units, [&](int64_t k, int64_t first, int64_t last) {
+      (groups ? kernels.measure : kernels.moments)(q, first, last, moments.get() + k * q.n);
+    });
+    for (int i = 0; i < q.n; ++i) {
+      for (int64_t k = 1; k < parts; ++k) merge(moments[i], moments[k * q.n + i]);
+      dead_pools[i] += moments[i].dead;
+      if (groups) continue;
+      const PoolMoments pool = moments[i].pool(q.propagate);
+      map[i] = affine<C>(q.normalize.each, pool);
+      dead_pools[i] += is_dead(q.normalize.each, pool);
+    }
+  }
 
-  double weights[kMaxObjectives], value;
-  if (p.level == Level::kToken) {
+  void combine() {
+    const bool pooled = p.level == Level::kSequence || p.level == Level::kGroup;
+    const int64_t units = measures ? p.groups : pooled ? p.pools() : p.tokens();
+    const int64_t parts = parts_for(p, units), grams = p.solver == Solver::kMinNorm ? p.n * p.n + 1 : 0;
+    Part one;
+    const std::unique_ptr<Part[]> many(parts > 1 ? new Part[parts] : nullptr);
+    const std::unique_ptr<double[]> gram(grams ? new double[parts * grams]() : nullptr);
+    Part* const part = parts > 1 ? many.get() : &one;
+    for_parts(parallel_for, parts, units, [&](int64_t k, int64_t first, int64_t last) {
+      std::fill(part[k].moments, part[k].moments + p.n, Moments::empty());
+      if (p.level == Level::kToken) {
+        std::fill(part[k].shares.weights, part[k].shares.weights + p.n, 0.0);
+        part[k].shares.value = 0.0;
+        part[k].shares.used = 0;
+      }
+      observe(part[k], gram ? gram.get() + k * grams : nullptr, first, last);
+    });
+    for (int64_t k = 1; k < parts; ++k) {
+      for (int i = 0; i < p.n; ++i) merge(part[0].moments[i], part[k].moments[i]);
+      for (int64_t e = 0; e < grams; ++e) gram[e] += gram[k * grams + e];
+    }
+    C* packed = static_cast<C*>(p.packed);
+    for (int i = 0; i < p.n; ++i) {
+      part[0].moments[i].dead += dead[i];
+      write_statistics(part[0].moments[i], i, p.n, packed);
+    }
+    if (pooled || p.per_token) return;
+
+    double weights[kMaxObjectives];
+    double value = 0.0;
+    if (p.level == Level::kToken) {
+      value = mean_shares(part, parts, weights);
+    } else {
+      value = solve_pool(p, part[0].moments, gram.get(), weights);
+      for_parts(parallel_for, parts_for(p, p.tokens()), p.tokens(),
+                [&](int64_t, int64_t first, int64_t last) { kernels.weigh(p, first, last, weights); });
+    }
+    C* out = packed + kStatistics * p.n;
+    for (int i = 0; i < p.n; ++i) out[i] = static_cast<C>(weights[i]);
+    out[p.n] = static_cast<C>(value);
+  }
+
+  // Statistics of a part, and all else that can be done on the way. Groups to be measured come in blocks that then
+  // still are in cache.
+  void observe(Part& part, double* gram, int64_t first, int64_t last) const {
+    if (!measures) return observe_units(part, gram, first, last);
+    for (int64_t g = first; g < last;) {
+      int64_t end = g + 1;
+      while (end < last && (p.starts[end + 1] - p.starts[g]) * p.row_tokens * p.n <= kElementsPerBlock) ++end;
+      kernels.measure(p, g, end, part.moments);
+      if (p.level == Level::kGroup)
+        observe_units(part, gram, g, end);
+      else
+        observe_units(part, gram, p.starts[g] * p.row_tokens, p.starts[end] * p.row_tokens);
+      g = end;
+    }
+  }
+
+  void observe_units(Part& part, double* gram, int64_t first, int64_t last) const {
+    if (p.level == Level::kToken)
+      kernels.tokens(p, first, last, part.moments, part.shares);
+    else if (p.level == Level::kBatch)
+      kernels.scan(p, first, last, part.moments, gram);
+    else
+      kernels.pools(p, first, last, part.moments, gram);
+  }
+
+  double mean_shares(Part* part, int64_t parts, double* weights) const {
     TokenShares& shares = part[0].shares;
     for (int64_t k = 1; k < parts; ++k) {
       for (int i = 0; i < p.n; ++i) shares.weights[i] += part[k].shares.weights[i];
@@ -98,16 +220,29 @@ void run(const CombineParams& p, ParallelFor parallel_for) {
     const double used = static_cast<double>(shares.used);
     for (int i = 0; i < p.n; ++i)
       weights[i] = p.solver == Solver::kFixed ? p.fixed_weight(i) : used > 0 ? shares.weights[i] / used : 1.0 / p.n;
-    value = shares.value / std::max(used, 1.0);
-  } else {
-    value = solve(p, part[0].moments, weights);
-    for_parts(parallel_for, parts, units,
-              [&](int64_t, int64_t first, int64_t last) { kernels.weigh(p, first, last, weights); });
+    return shares.value / std::max(used, 1.0);
   }
-  C* out = packed + kStatistics * p.n;
-  for (int i = 0; i < p.n; ++i) out[i] = static_cast<C>(weights[i]);
-  out[p.n] = static_cast<C>(value);
-}
+
+  void normalize_combined() {
+    const Pool by = p.normalize.combined;
+    CombineParams q = samples_of(p, 1, p.normalize.last, by);
+    q.advantages[0] = p.out;
+    map.reset(new Affine<C>[by == Pool::kGroup ? p.groups : 1]);
+    q.affine = map.get();
+    int64_t unused[1] = {};
+    measure(q, unused);
+    for_parts(parallel_for, parts_for(q, q.tokens()), q.tokens(),
+              [&](int64_t, int64_t first, int64_t last) { kernels.rewrite(q, first, last); });
+  }
+
+  CombineParams& p;
+  const CpuKernels& kernels;
+  const ParallelFor parallel_for;
+  std::unique_ptr<C[]> sums;         // [batch, n]: the scores of the rows
+  std::unique_ptr<Affine<C>[]> map;  // [n, pools]
+  int64_t dead[kMaxObjectives];
+  bool measures = false;  // groups are measured on the way to the statistics
+};
 
 }  // namespace
 
@@ -119,9 +254,15 @@ bool use_cpu_instructions(const char* name) {
   return false;
 }
 
-void launch_combine_cpu(const CombineParams& params, ParallelFor parallel_for) {
-  if (params.dtype == DType::kFloat64) return run<double>(params, parallel_for);
-  return run<float>(params, parallel_for);
+double solve_pool(const CombineParams& p, const Moments* moments, const double* gram, double* weights) {
+  if (p.solver != Solver::kMinNorm) return solve(p, moments, weights);
+  (void)gram;
+  throw std::runtime_error("min_norm is not built in");
+}
+
+void launch_combine_cpu(CombineParams& params, ParallelFor parallel_for) {
+  if (params.dtype == DType::kFloat64) return Run<double>(params, parallel_for)();
+  Run<float>(params, parallel_for)();
 }
 
 }  // namespace pama

@@ -4,9 +4,10 @@
 // after that is one arithmetic on unit-stride vectors. Each objective goes through the same operations in the same
 // order wherever it stands, so duplicated objectives tie exactly and permuting objectives permutes bits.
 #include <cmath>
-#include <cstring>
 
 #include "isa.h"
+#include "lanes.h"
+#include "normalize_kernel.h"
 #include "pama/indicator.h"
 #include "pama/moments.h"
 #include "pama/solve.h"
@@ -14,40 +15,6 @@
 
 namespace pama {
 namespace PAMA_ISA {
-
-struct Add {
-  template <class V>
-  static V apply(V a, V b) {
-    return a + b;
-  }
-};
-struct Smaller {
-  template <class V>
-  static V apply(V a, V b) {
-    return b < a ? b : a;
-  }
-};
-struct Larger {
-  template <class V>
-  static V apply(V a, V b) {
-    return b > a ? b : a;
-  }
-};
-
-// The lanes combined by halving: a fixed tree.
-template <class T, int kLanes, class Op = Add>
-inline __attribute__((always_inline)) T fold(const void* lanes) {
-  if constexpr (kLanes == 1) {
-    return *static_cast<const T*>(lanes);
-  } else {
-    typedef T Half __attribute__((vector_size(sizeof(T) * kLanes / 2)));
-    Half low, high;
-    memcpy(&low, lanes, sizeof(Half));
-    memcpy(&high, static_cast<const char*>(lanes) + sizeof(Half), sizeof(Half));
-    low = Op::apply(low, high);
-    return fold<T, kLanes / 2, Op>(&low);
-  }
-}
 
 template <class C>
 class Kernel {
@@ -58,19 +25,10 @@ class Kernel {
   static constexpr C kInf = std::numeric_limits<C>::infinity();
 
   static V& vec(C* x) { return *reinterpret_cast<V*>(x); }
+  static const V& vec(const C* x) { return *reinterpret_cast<const V*>(x); }
   static M& vec(I* x) { return *reinterpret_cast<M*>(x); }
   static V all(C x) { return V{} + x; }
   static M finite(V x) { return (x - x) == V{}; }
-  // A vector on its way to a scalar goes through memory, hidden from the optimiser: GCC keeps a vector whose halves it
-  // sees taken on the stack, and the loop that accumulates it then waits for a store and a load each time round.
-  template <class... Vectors>
-  void spill(Vectors... vectors) {
-    C* to = tile.lanes;
-    ((memcpy(to, &vectors, sizeof vectors), to += kLanes), ...);
-    asm volatile("" : : "r"(tile.lanes) : "memory");
-  }
-  double sum(int spilled = 0) const { return static_cast<double>(fold<C, kLanes>(tile.lanes + spilled * kLanes)); }
-  int64_t count_of(int spilled) const { return fold<I, kLanes>(tile.lanes + spilled * kLanes); }
 
  public:
   explicit Kernel(const CombineParams& params)
@@ -78,17 +36,78 @@ class Kernel {
         stride(Tile<C>::stride_for(params.n)),
         adjacent(interleaved(params)),
         floor(params.noon ? C{0} : -kInf),
-        propagate(M{} - (params.propagate ? 1 : 0)) {
+        propagate(M{} - (params.propagate ? 1 : 0)),
+        normalizer(params) {
     for (int i = 0; i < p.n; ++i) scale[i] = static_cast<C>(p.scale(i));
   }
 
-  // Statistics of the tokens [first, last), merged into moments[n].
+  // Statistics of the tokens [first, last), merged into moments[n], and into the Gram matrix if there is one.
   template <class S>
-  void scan(int64_t first, int64_t last, Moments* moments) {
+  void scan(int64_t first, int64_t last, Moments* moments, double* gram) {
     for (int64_t t = first; t < last; t += stride) {
       const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
       load<S>(t, count);
-      for (int i = 0; i < p.n; ++i) observe<false>(i, count, moments[i]);
+      if (gram) {
+        for (int i = 0; i < p.n; ++i) observe<true>(i, t, count, moments[i]);
+        add_gram(count, gram);
+      } else {
+        for (int i = 0; i < p.n; ++i) observe<false>(i, t, count, moments[i]);
+      }
+    }
+  }
+
+  // Raw moments of the samples [first, last), merged into moments[n].
+  template <class S>
+  void moments(int64_t first, int64_t last, Moments* to) {
+    for (int64_t t = first; t < last; t += stride) {
+      const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
+      load_samples<S>(t, count);
+      for (int i = 0; i < p.n; ++i) merge(to[i], normalizer.range(tile, tile.x + i * stride, 0, count));
+    }
+  }
+
+  // The maps that normalise the groups [first, last).
+  template <class S>
+  void measure(int64_t first, int64_t last, Moments* moments) {
+    normalizer.measure(first, last, tile, stride, moments, [&](int64_t t, int count) { load_samples<S>(t, count); });
+  }
+
+  // The score of each of the rows [first, last): the sum of its valid entries, whatever they are; -0 if there are none.
+  template <class S>
+  void sum_rows(int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row) {
+      double sums[kMaxObjectives];
+      int64_t valid = 0;
+      fill(sums, 0, p.n, 0.0);
+      for (int64_t t = row * p.cols; t < (row + 1) * p.cols; t += stride) {
+        const int count = static_cast<int>(smaller<int64_t>(stride, (row + 1) * p.cols - t));
+        load_samples<S>(t, count);
+        for (int i = 0; i < p.n; ++i) {
+          V total{};
+          M counted{};
+          for (int k = 0; k < count; k += kLanes) {
+            total += vec(tile.valid + k) ? vec(tile.x + i * stride + k) : V{};
+            counted -= vec(tile.valid + k);
+          }
+          lanes.spill(total, counted);
+          sums[i] += lanes.sum(0);
+          if (i == 0) valid += lanes.count(1);
+        }
+      }
+      C* to = static_cast<C*>(p.sums) + row * p.n;
+      for (int i = 0; i < p.n; ++i) to[i] = valid ? static_cast<C>(sums[i]) : -C{0};
+    }
+  }
+
+  // Normalises the one objective in place; what is not there becomes 0.
+  template <class S>
+  void rewrite(int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; t += stride) {
+      const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
+      load_samples<S>(t, count);
+      normalizer.apply(0, t, count, tile.x, tile.normal);
+      for (int k = 0; k < count; k += kLanes) vec(tile.normal + k) = vec(tile.valid + k) ? vec(tile.normal + k) : V{};
+      store_plane<S>(p, p.advantages[0], t, count, tile.normal);
     }
   }
 
@@ -99,21 +118,29 @@ class Kernel {
       const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
       load_valid(p, t, count, tile);
       fill(tile.out, 0, count + kLanes - 1, C{0});
+      const bool mark = marks();
+      if (mark) fill(tile.taken, 0, count + kLanes - 1, 0);
       for (int i = 0; i < p.n; ++i) {
         const C weight = static_cast<C>(weights[i]);
+        const bool reads = weight != 0 || mark;  // weight 0: not even read
         C* x = tile.x;
-        if (weight != 0) load_plane<S>(p, p.advantages[i], t, count, x);  // weight 0: not even read
+        if (reads) load_objective<S>(i, t, count, x);
+        if (reads && normalizer.active()) normalizer.apply(i, t, count, x, x);
         for (int k = 0; k < count; k += kLanes) {
           V share{};
-          if (weight != 0) {
+          if (reads) {
             const V raw = vec(x + k), advantage = noon(raw, all(floor)) * scale[i];
-            share = (vec(tile.valid + k) & (finite(raw) | propagate)) ? all(weight) * advantage : V{};
+            const M take = vec(tile.valid + k) & (finite(raw) | propagate);
+            if (mark) vec(tile.taken + k) |= take;
+            if (weight != 0) share = take ? all(weight) * advantage : V{};
             vec(tile.out + k) += share;
           }
           if (p.in_place) vec(x + k) = share;
         }
         if (p.in_place) store_plane<S>(p, p.advantages[i], t, count, x);
       }
+      if (mark)
+        for (int k = 0; k < count; k += kLanes) vec(tile.out + k) = marked<S>(vec(tile.out + k), vec(tile.taken + k));
       if (!p.in_place) store_plane<S>(p, p.out, t, count, tile.out);
     }
   }
@@ -124,8 +151,8 @@ class Kernel {
     for (int64_t t = first; t < last; t += stride) {
       const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
       load<S>(t, count);
-      for (int i = 0; i < p.n; ++i) observe<true>(i, count, moments[i]);
-      solve_tokens(t, count, shares);
+      for (int i = 0; i < p.n; ++i) observe<true>(i, t, count, moments[i]);
+      solve_tokens<S>(t, count, shares);
       if (p.in_place) {
         for (int i = 0; i < p.n; ++i) store_plane<S>(p, p.advantages[i], t, count, tile.x + i * stride);
       } else {
@@ -139,7 +166,65 @@ class Kernel {
   void load(int64_t t, int count) {
     load_valid(p, t, count, tile);
     load_gates(p, t, count, tile);
+    load_all<S>(t, count);
+  }
+
+  template <class S>
+  void load_all(int64_t t, int count) {
+    if (!p.sums) return load_objectives<S>(p, adjacent, t, count, tile.x, stride);
+    for (int i = 0; i < p.n; ++i) load_objective<S>(i, t, count, tile.x + i * stride);
+  }
+
+  template <class S>
+  void load_objective(int i, int64_t t, int count, C* x) {
+    if (!p.sums) return load_plane<S>(p, p.advantages[i], t, count, x);
+    load_plane<C>(p, Plane{reinterpret_cast<char*>(static_cast<C*>(p.sums) + i), p.n, 0}, t, count, x);
+  }
+
+  // Without gates.
+  template <class S>
+  void load_samples(int64_t t, int count) {
+    load_valid(p, t, count, tile);
     load_objectives<S>(p, adjacent, t, count, tile.x, stride);
+    if (!p.absent_zero) return;
+    for (int k = 0; k < count; ++k) tile.valid[k] = tile.x[k] == 0 && __builtin_signbit(tile.x[k]) ? 0 : -1;
+  }
+
+  // Whether tokens without data must be told apart from those whose combination is 0: they are left as -0.
+  bool marks() const { return p.normalize.combined != Pool::kNone; }
+
+  // S rounds what lies within +-tiny to 0, which must not become -0 where there is data.
+  template <class S>
+  static V marked(V x, M taken) {
+    constexpr bool half = std::is_same_v<S, Half>, bfloat = std::is_same_v<S, BFloat16>;
+    const V tiny = all(half ? C(0x1p-25) : bfloat ? C(0x1p-134) : C{0});
+    const V some = (x <= tiny) & (x >= -tiny) ? V{} : x;
+    return taken ? some : -V{};
+  }
+
+  // Sums of I(A_i) I(A_j), in the upper triangle, and in gram[n * n] the tokens with data. `x` holds A_i on entry and
+  // I(A_i) on return.
+  void add_gram(int count, double* gram) {
+    M used_count{};
+    for (int k = 0; k < count; k += kLanes) {
+      M used{};
+      for (int i = 0; i < p.n; ++i) {
+        V& a = vec(tile.x + i * stride + k);
+        a = gated_at(a, k);
+        used |= vec(tile.taken + i * stride + k);
+      }
+      used_count -= used;
+    }
+    lanes.spill(used_count);
+    gram[p.n * p.n] += static_cast<double>(lanes.count(0));
+    for (int i = 0; i < p.n; ++i) {
+      for (int j = i; j < p.n; ++j) {
+        V products{};
+        for (int k = 0; k < count; k += kLanes) products += vec(tile.x + i * stride + k) * vec(tile.x + j * stride + k);
+        lanes.spill(products);
+        gram[i * p.n + j] += lanes.sum(0);
+      }
+    }
   }
 
   // Statistics of objective i over the tile, merged into `m`. kKeep: leaves A_i in x and, in `taken`, who takes part.
@@ -148,8 +233,10 @@ class Kernel {
   // mean of what came before; how far this tile's mean lies from it is itself spread that the merged m2 contains, so
   // what cancels is small against the result. The first tile has no before and looks once more.
   template <bool kKeep>
-  void observe(int i, int count, Moments& m) {
+  void observe(int i, int64_t first, int count, Moments& m) {
     C* x = tile.x + i * stride;
+    const C* normal = x;
+    if (normalizer.active()) normalizer.apply(i, first, count, x, tile.normal), normal = tile.normal;
     I* taken = tile.taken + i * stride;
     C centre = static_cast<C>(m.count >= count ? m.mean : mean(x, count));
     if (!(centre - centre == 0)) centre = 0;  // the sum of huge entries has overflowed
@@ -168,9 +255,10 @@ class Kernel {
       const V or_high = usable ? entry : all(kInf), or_low = usable ? entry : all(-kInf);
       low = or_high < low ? or_high : low;
       high = or_low > high ? or_low : high;
-      positive -= usable & (entry > V{});
+      const V processed = vec(normal + k);
+      positive -= usable & (processed > V{});
 
-      const V positive_part = noon(take ? entry : V{}, all(floor)), advantage = positive_part * scale[i];
+      const V positive_part = noon(take ? processed : V{}, all(floor)), advantage = positive_part * scale[i];
       const V gated = gated_at(advantage, k);
       active += gated;
       const M is_nonzero = positive_part != V{};
@@ -182,20 +270,20 @@ class Kernel {
       }
     }
     Moments here = Moments::empty();
-    spill(counted, nonfinite, positive, nonzero, clipped, active, deviation, squares, low, high);
-    here.count = count_of(0);
-    here.nonfinite = count_of(1);
-    here.positive = count_of(2);
-    here.nonzero = count_of(3);
-    here.clipped = count_of(4);
-    here.active = sum(5);
+    lanes.spill(counted, nonfinite, positive, nonzero, clipped, active, deviation, squares, low, high);
+    here.count = lanes.count(0);
+    here.nonfinite = lanes.count(1);
+    here.positive = lanes.count(2);
+    here.nonzero = lanes.count(3);
+    here.clipped = lanes.count(4);
+    here.active = lanes.sum(5);
     const double n = static_cast<double>(here.count > 0 ? here.count : 1);
-    const double drift = sum(6), spread = sum(7), m2 = spread - drift * (drift / n);
+    const double drift = lanes.sum(6), spread = lanes.sum(7), m2 = spread - drift * (drift / n);
     here.mean = static_cast<double>(centre) + drift / n;
     here.m2 = spread == HUGE_VAL ? spread : m2 < 0.0 ? 0.0 : m2;  // squares may overflow: inf, not inf - inf
     if (here.count > 0) {
-      here.min = fold<C, kLanes, Smaller>(tile.lanes + 8 * kLanes);
-      here.max = fold<C, kLanes, Larger>(tile.lanes + 9 * kLanes);
+      here.min = lanes.template extreme<Smaller>(8);
+      here.max = lanes.template extreme<Larger>(9);
     }
     merge(m, here);
   }
@@ -209,14 +297,15 @@ class Kernel {
       counted -= usable;
       total += usable ? entry : V{};
     }
-    spill(counted, total);
-    const int64_t n = count_of(0);
-    return n > 0 ? sum(1) / static_cast<double>(n) : 0.0;
+    lanes.spill(counted, total);
+    const int64_t n = lanes.count(0);
+    return n > 0 ? lanes.sum(1) / static_cast<double>(n) : 0.0;
   }
 
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
 
   // Theorem 1 for kLanes tokens at a time; `x` holds A_i on entry and, in place, c_i A_i on return.
+  template <class S>
   void solve_tokens(int64_t first, int count, TokenShares& shares) {
     V share_sum[kMaxObjectives] = {};
     V value_sum{};
@@ -265,29 +354,31 @@ class Kernel {
         if (p.in_place) vec(tile.x + i * stride + k) = contribution;
         if (p.per_token) write_weights(first + k, smaller(kLanes, count - k), i, c, used);
       }
-      if (p.solver == Solver::kClosedForm) value = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : value;
+      if (p.solver == Solver::kMinNorm) value = value < V{} ? -value : value;  // of one token: the closed form
+      if (p.solver != Solver::kFixed) value = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : value;
       value = used ? value : V{};
-      vec(tile.out + k) = combined;
+      vec(tile.out + k) = marks() ? marked<S>(combined, used) : combined;
       value_sum += value;
       used_count -= used;
       if (p.per_token) {
-        C* values = static_cast<C*>(p.packed) + (kStatistics + p.tokens()) * p.n + first + k;
-        for (int l = 0; l < smaller(kLanes, count - k); ++l) values[l] = value[l];
+        C* values = static_cast<C*>(p.packed) + (kStatistics + p.tokens()) * p.n;
+        for (int l = 0; l < smaller(kLanes, count - k); ++l) values[p.row_of(first + k + l)] = value[l];
       }
     }
     for (int i = 0; i < p.n; ++i) {
-      spill(share_sum[i]);
-      shares.weights[i] += sum();
+      lanes.spill(share_sum[i]);
+      shares.weights[i] += lanes.sum();
     }
-    spill(value_sum, used_count);
-    shares.value += sum(0);
-    shares.used += count_of(1);
+    lanes.spill(value_sum, used_count);
+    shares.value += lanes.sum(0);
+    shares.used += lanes.count(1);
   }
 
   void write_weights(int64_t token, int m, int i, V c, M used) const {
-    C* weights = static_cast<C*>(p.packed) + (kStatistics + token) * p.n + i;
+    C* weights = static_cast<C*>(p.packed) + kStatistics * p.n + i;
     const bool fixed = p.solver == Solver::kFixed;
-    for (int l = 0; l < m; ++l) weights[l * p.n] = fixed || used[l] ? c[l] : static_cast<C>(1.0 / p.n);
+    for (int l = 0; l < m; ++l)
+      weights[p.row_of(token + l) * p.n] = fixed || used[l] ? c[l] : static_cast<C>(1.0 / p.n);
   }
 
   const CombineParams& p;
@@ -297,50 +388,75 @@ class Kernel {
   const M propagate;  // all ones if non-finite entries take part
   C scale[kMaxObjectives];
   Tile<C> tile;
+  Lanes<C> lanes;
+  Normalizer<C> normalizer;
 };
 
 namespace {
 
-void scan(const CombineParams& p, int64_t first, int64_t last, Moments* moments) {
+// f(kernel, S{}) with the kernel of the storage type S of the advantages.
+template <class F>
+inline __attribute__((always_inline)) void with_kernel(const CombineParams& p, F f) {
   with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
-    Kernel<typename Storage<S>::Compute>(p).template scan<S>(first, last, moments);
+    Kernel<typename Storage<decltype(s)>::Compute> kernel(p);
+    f(kernel, s);
   });
+}
+
+void scan(const CombineParams& p, int64_t first, int64_t last, Moments* moments, double* gram) {
+  with_kernel(p, [&](auto& kernel, auto s) { kernel.template scan<decltype(s)>(first, last, moments, gram); });
 }
 
 void weigh(const CombineParams& p, int64_t first, int64_t last, const double* weights) {
-  with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
-    Kernel<typename Storage<S>::Compute>(p).template weigh<S>(first, last, weights);
-  });
+  with_kernel(p, [&](auto& kernel, auto s) { kernel.template weigh<decltype(s)>(first, last, weights); });
 }
 
 void tokens(const CombineParams& p, int64_t first, int64_t last, Moments* moments, TokenShares& shares) {
-  with_dtype(p.dtype, [&](auto s) {
+  with_kernel(p, [&](auto& kernel, auto s) { kernel.template tokens<decltype(s)>(first, last, moments, shares); });
+}
+
+// One solve for each pool of tokens, combined while they are in cache: rows at level "sequence", or groups.
+void pools(const CombineParams& p, int64_t first, int64_t last, Moments* moments, double* gram) {
+  with_kernel(p, [&](auto& kernel, auto s) {
     using S = decltype(s);
-    Kernel<typename Storage<S>::Compute>(p).template tokens<S>(first, last, moments, shares);
+    using C = typename Storage<S>::Compute;
+    C* weights_out = static_cast<C*>(p.packed) + kStatistics * p.n;
+    C* values_out = weights_out + p.solves() * p.n;
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t begin = p.first_row(k), end = p.first_row(k + 1);
+      Moments of[kMaxObjectives];
+      double weights[kMaxObjectives];
+      fill(of, 0, p.n, Moments::empty());
+      if (gram) fill(gram, 0, p.n * p.n + 1, 0.0);
+      kernel.template scan<S>(begin * p.row_tokens, end * p.row_tokens, of, gram);
+      const double value = solve_pool(p, of, gram, weights);
+      kernel.template weigh<S>(begin * p.row_tokens, end * p.row_tokens, weights);
+      for (int i = 0; i < p.n; ++i) merge(moments[i], of[i]);
+      // The solve of a row, or of a group by ids, stands at its rows; that of another group at its own index.
+      const bool at_rows = p.level == Level::kSequence || p.normalize.groups == Groups::kIds;
+      for (int64_t row = begin; row < (at_rows ? end : begin + 1); ++row) {
+        const int64_t at = at_rows ? p.row_of(row * p.row_tokens) : k;
+        for (int i = 0; i < p.n; ++i) weights_out[at * p.n + i] = static_cast<C>(weights[i]);
+        values_out[at] = static_cast<C>(value);
+      }
+    }
   });
 }
 
-// Level sequence: one solve per row, combined while the row is in cache.
-void sequences(const CombineParams& p, int64_t first, int64_t last, Moments* moments) {
-  with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
-    using C = typename Storage<S>::Compute;
-    Kernel<C> kernel(p);
-    C* weights_out = static_cast<C*>(p.packed) + kStatistics * p.n;
-    C* values_out = weights_out + p.rows * p.n;
-    for (int64_t row = first; row < last; ++row) {
-      Moments of_row[kMaxObjectives];
-      double weights[kMaxObjectives];
-      fill(of_row, 0, p.n, Moments::empty());
-      kernel.template scan<S>(row * p.cols, (row + 1) * p.cols, of_row);
-      values_out[row] = static_cast<C>(solve(p, of_row, weights));
-      for (int i = 0; i < p.n; ++i) weights_out[row * p.n + i] = static_cast<C>(weights[i]);
-      kernel.template weigh<S>(row * p.cols, (row + 1) * p.cols, weights);
-      for (int i = 0; i < p.n; ++i) merge(moments[i], of_row[i]);
-    }
-  });
+void moments(const CombineParams& p, int64_t first, int64_t last, Moments* to) {
+  with_kernel(p, [&](auto& kernel, auto s) { kernel.template moments<decltype(s)>(first, last, to); });
+}
+
+void measure(const CombineParams& p, int64_t first, int64_t last, Moments* to) {
+  with_kernel(p, [&](auto& kernel, auto s) { kernel.template measure<decltype(s)>(first, last, to); });
+}
+
+void sum_rows(const CombineParams& p, int64_t first, int64_t last) {
+  with_kernel(p, [&](auto& kernel, auto s) { kernel.template sum_rows<decltype(s)>(first, last); });
+}
+
+void rewrite(const CombineParams& p, int64_t first, int64_t last) {
+  with_kernel(p, [&](auto& kernel, auto s) { kernel.template rewrite<decltype(s)>(first, last); });
 }
 
 }  // namespace
@@ -348,7 +464,7 @@ void sequences(const CombineParams& p, int64_t first, int64_t last, Moments* mom
 #define PAMA_STRING(x) #x
 #define PAMA_NAME(x) PAMA_STRING(x)
 
-const CpuKernels kernels = {PAMA_NAME(PAMA_ISA), scan, weigh, tokens, sequences};
+const CpuKernels kernels = {PAMA_NAME(PAMA_ISA), scan, weigh, tokens, pools, moments, measure, sum_rows, rewrite};
 
 }  // namespace PAMA_ISA
 }  // namespace pama

@@ -13,14 +13,21 @@ struct TokenShares {
   int64_t used;
 };
 
-// Each works on tokens [first, last) (`sequences`: rows) and merges into moments[n].
+// Each works on tokens [first, last) and merges into moments[n]; `gram` is [n * n + 1] or null.
 struct CpuKernels {
   const char* name;
-  void (*scan)(const CombineParams&, int64_t first, int64_t last, Moments*);
+  void (*scan)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram);
   void (*weigh)(const CombineParams&, int64_t first, int64_t last, const double* weights);
   void (*tokens)(const CombineParams&, int64_t first, int64_t last, Moments*, TokenShares&);
-  void (*sequences)(const CombineParams&, int64_t first, int64_t last, Moments*);
+  void (*pools)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram);  // rows, or groups
+  void (*moments)(const CombineParams&, int64_t first, int64_t last, Moments*);              // of the raw samples
+  void (*measure)(const CombineParams&, int64_t first, int64_t last, Moments*);              // groups
+  void (*sum_rows)(const CombineParams&, int64_t first, int64_t last);                       // rows
+  void (*rewrite)(const CombineParams&, int64_t first, int64_t last);
 };
+
+// Weights of one pool of tokens; returns s*. Compiled once, for every machine.
+double solve_pool(const CombineParams& p, const Moments* moments, const double* gram, double* weights);
 
 namespace generic {
 extern const CpuKernels kernels;

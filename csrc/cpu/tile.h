@@ -46,7 +46,7 @@ struct Tile {
   alignas(64) I not_above[kTileTokens];  // log_ratio <= log(1 + clip_high)
   alignas(64) I not_below[kTileTokens];  // log_ratio >= log(1 - clip_low)
   alignas(64) C out[kTileTokens + 16];
-  alignas(64) C lanes[16 * 10];  // vectors on their way to a scalar
+  alignas(64) C normal[kTileTokens];  // one objective, normalised
 
   static int stride_for(int n) { return smaller(kTileTokens, kElements / n / 16 * 16); }
 };
@@ -54,6 +54,20 @@ struct Tile {
 // Calls f(row, col, done, m) for each run of m tokens, within one row, of the tokens [first, first + count).
 template <class F>
 inline __attribute__((always_inline)) void for_runs(const CombineParams& p, int64_t first, int count, F f) {
+  if (p.order) {  // rows stand where the order says
+    const int64_t length = p.row_tokens;
+    int64_t k = first / length, col = first - k * length;
+    for (int done = 0; done < count; ++k, col = 0) {
+      const int m = length == 1 ? 1 : static_cast<int>(smaller<int64_t>(count - done, length - col));
+      if (p.rows == 1) {
+        f(0, p.order[k] * length + col, done, m);
+      } else {
+        f(p.order[k], col, done, m);
+      }
+      done += m;
+    }
+    return;
+  }
   int64_t row = p.rows == 1 ? 0 : first / p.cols, col = first - row * p.cols;
   for (int done = 0; done < count; ++row, col = 0) {
     const int m = static_cast<int>(smaller<int64_t>(count - done, p.cols - col));

@@ -22,12 +22,13 @@ extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes
   const TensorView m{mask, DType::kInt8, cpu, 2, sizes, plane}, l{log_ratio, DType::kFloat32, cpu, 2, sizes, plane};
   const TensorView o{out, static_cast<DType>(dtype), cpu, 2, sizes, plane};
   const char* levels[] = {"batch", "sequence", "token"};
-  const CombineOptions options(-1, 0.2, 0.2, noon, levels[level], fixed ? "fixed" : "closed_form",
+  const CombineOptions options(-1, 0.2, 0.2, noon, levels[level], fixed ? "fixed" : "closed_form", "",
                                propagate ? "propagate" : "ignore", skip_inactive);
   CombineParams p;
-  *problem = plan_combine(
-      options,
-      {&a, 1, false, mask ? &m : nullptr, log_ratio ? &l : nullptr, nullptr, out ? &o : nullptr, out == nullptr}, p);
+  *problem = plan_combine(options,
+                          {&a, 1, false, mask ? &m : nullptr, log_ratio ? &l : nullptr, nullptr, nullptr,
+                           out ? &o : nullptr, out == nullptr},
+                          p);
   if (*problem) return -1;
   p.weighted = reward_values != nullptr;
   for (int i = 0; reward_values && i < p.n; ++i) p.reward_values[i] = reward_values[i];

@@ -6,15 +6,16 @@
 
 #include "pama/dtype.h"
 #include "pama/hd.h"
+#include "pama/normalize.h"
 #include "pama/tensor.h"
 
 namespace pama {
 
 constexpr int kMaxObjectives = 64;
-constexpr int kStatistics = 9;  // rows of the packed statistics, in the order of ObjectiveStats
+constexpr int kStatistics = 10;  // rows of the packed statistics, in the order of ObjectiveStats
 
-enum class Level : uint8_t { kBatch, kSequence, kToken };
-enum class Solver : uint8_t { kClosedForm, kFixed };
+enum class Level : uint8_t { kBatch, kSequence, kGroup, kToken };
+enum class Solver : uint8_t { kClosedForm, kMinNorm, kFixed };
 
 constexpr double kLogRatioLimit = 20.0;  // log_ratio is clamped to this before exp
 
@@ -25,9 +26,10 @@ struct CombineOptions {
   bool noon, propagate, skip_inactive;
   Level level;
   Solver solver;
+  NormalizeOptions normalize;
 
   CombineOptions(int64_t dim, double clip_low, double clip_high, bool noon, const std::string& level,
-                 const std::string& solver, const std::string& nan, bool skip_inactive);
+                 const std::string& solver, const std::string& normalize, const std::string& nan, bool skip_inactive);
 };
 
 // The tensors of one call; absent ones are null.
@@ -38,6 +40,7 @@ struct CombineTensors {
   const TensorView* mask;
   const TensorView* log_ratio;
   const TensorView* reward_weights;
+  const TensorView* groups;  // group_ids or group_offsets
   const TensorView* out;
   bool in_place;
 };
@@ -60,17 +63,56 @@ struct CombineParams {
   Level level;
   Solver solver;
 
-  // Outputs, float64 for float64 advantages and float32 otherwise: statistics [9, n], then weights [n] (level sequence:
-  // [rows, n]), then value [1] ([rows]).
+  NormalizeOptions normalize;
+  int64_t batch;           // rows of the first dimension, what groups are made of
+  int64_t row_tokens;      // tokens in each of them
+  int64_t groups;          // how many; for group_ids at most `batch`
+  const void* group_data;  // group_ids or group_offsets, or null
+  DType group_dtype;
+  int64_t group_stride;
+
+  // Outputs, float64 for float64 advantages and float32 otherwise: statistics [10, n], then weights [n] (or one row for
+  // each solve), then value [1] (one for each solve).
   void* packed;
-  void* workspace;  // CUDA: Moments [blocks, n]
+  void* workspace;  // CUDA only
+
+  // Filled by the launchers, in their own memory. Tokens are then counted in grouped order: row k is order[k].
+  const int64_t* order;   // [batch], or null: groups follow each other as they stand
+  const int64_t* starts;  // [groups + 1]: the rows of group g are [starts[g], starts[g + 1]) in that order
+  void* sums;             // [batch, n] in the type of the arithmetic: scores to be read instead of advantages; or null
+  void* affine;           // Affine [n, pools], or null: nothing to normalise
+  bool absent_zero;       // -0 marks samples that are not there
 
   Plane advantages[kMaxObjectives];
   double reward_values[kMaxObjectives];
 
+  // Whether there is more to do than statistics, solve and combination.
+  PAMA_HD bool normalizes() const { return normalize.by != Pool::kNone || normalize.combined != Pool::kNone; }
+
+  // Entry k of group_ids or group_offsets; ids are told apart by their bits alone.
+  PAMA_HD int64_t group_value(int64_t k) const {
+    k *= group_stride;
+    switch (size_of(group_dtype)) {
+      case 1: return static_cast<const int8_t*>(group_data)[k];
+      case 2: return static_cast<const int16_t*>(group_data)[k];
+      case 4: return static_cast<const int32_t*>(group_data)[k];
+      default: return static_cast<const int64_t*>(group_data)[k];
+    }
+  }
+
   PAMA_HD int64_t tokens() const { return rows * cols; }
-  PAMA_HD int64_t solves() const { return level == Level::kSequence ? rows : per_token ? tokens() : 1; }
+  PAMA_HD int64_t solves() const {
+    if (level == Level::kGroup) return normalize.groups == Groups::kIds ? batch : groups;
+    return level == Level::kSequence ? rows : per_token ? tokens() : 1;
+  }
   PAMA_HD int64_t packed_size() const { return kStatistics * static_cast<int64_t>(n) + solves() * (n + 1); }
+
+  PAMA_HD int64_t pools() const { return level == Level::kGroup ? groups : rows; }  // solved one by one
+  PAMA_HD int64_t first_row(int64_t pool) const { return level == Level::kGroup ? starts[pool] : pool; }
+  PAMA_HD int64_t row_of(int64_t token) const {  // the row of the tensors in which it stands
+    const int64_t row = row_tokens == 1 ? token : token / row_tokens;
+    return order ? order[row] : row;
+  }
 
   PAMA_HD double reward_weight(int i) const {
     if (!reward_weights) return reward_values[i];
@@ -94,7 +136,7 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
 using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*),
                             void* context);
 
-void launch_combine_cpu(const CombineParams& params, ParallelFor parallel_for);
+void launch_combine_cpu(CombineParams& params, ParallelFor parallel_for);
 const char* cpu_instructions();               // what launch_combine_cpu runs: "avx512", "avx2" or "generic"
 bool use_cpu_instructions(const char* name);  // for tests: run another one; false if this machine cannot
 

@@ -13,13 +13,17 @@ namespace pama {
 // `clipped` are over the entries that take part in the combination (the same ones unless nan = "propagate").
 struct Moments {
   int64_t count, nonfinite, positive, nonzero, clipped;
+  int64_t dead;     // pools of Normalize.by that give only 0
   double mean, m2;  // mean, and sum of squared deviations from it
   double active;    // sum of I(A)
   double min, max;
 
-  static PAMA_HD Moments empty() { return {0, 0, 0, 0, 0, 0.0, 0.0, 0.0, HUGE_VAL, -HUGE_VAL}; }
+  static PAMA_HD Moments empty() { return {0, 0, 0, 0, 0, 0, 0.0, 0.0, 0.0, HUGE_VAL, -HUGE_VAL}; }
 
   PAMA_HD int64_t taken(bool propagate) const { return propagate ? count + nonfinite : count; }
+  PAMA_HD PoolMoments pool(bool propagate) const {
+    return {static_cast<double>(count), mean, m2, min, max, propagate && nonfinite > 0};
+  }
   PAMA_HD double scalar() const { return active / static_cast<double>(count > 0 ? count : 1); }  // a_i
 };
 
@@ -53,6 +57,7 @@ PAMA_HD void merge(Moments& into, const Moments& from) {
   into.positive += from.positive;
   into.nonzero += from.nonzero;
   into.clipped += from.clipped;
+  into.dead += from.dead;
   into.active += from.active;
 }
 
@@ -71,6 +76,7 @@ PAMA_HD void write_statistics(const Moments& m, int i, int n, C* packed) {
       static_cast<double>(m.clipped) / static_cast<double>(m.nonzero > 0 ? m.nonzero : 1),
       m.scalar(),
       static_cast<double>(m.nonfinite),
+      static_cast<double>(m.dead),
   };
   for (int k = 0; k < kStatistics; ++k) packed[k * n + i] = static_cast<C>(column[k]);
 }

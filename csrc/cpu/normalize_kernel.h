@@ -1,0 +1,268 @@
+// Normalisation on the CPU: the moments of every pool, as an affine map each, and their use on a tile. Included once
+// per instruction set, inside namespace pama::PAMA_ISA.
+#pragma once
+
+#include <cmath>
+
+#include "lanes.h"
+#include "pama/moments.h"
+#include "tile.h"
+
+namespace pama {
+namespace PAMA_ISA {
+
+template <class C>
+class Normalizer {
+  using V = typename Simd<C>::V;
+  using M = typename Simd<C>::M;
+  using I = typename Simd<C>::I;
+  static constexpr int kLanes = Simd<C>::lanes;
+  static constexpr int kSmall = 64;  // groups of up to this many tokens are done side by side, a lane each
+  static constexpr C kInf = std::numeric_limits<C>::infinity();
+
+  // Tiles are not read at aligned places only.
+  static V vector_at(const C* x) {
+    V v;
+    memcpy(&v, x, sizeof v);
+    return v;
+  }
+  static M mask_at(const I* x) {
+    M m;
+    memcpy(&m, x, sizeof m);
+    return m;
+  }
+  static M finite(V x) { return (x - x) == V{}; }
+  static M below(int first, int last) {  // lanes k with first + k < last
+    M m;
+    for (int k = 0; k < kLanes; ++k) m[k] = first + k < last ? -1 : 0;
+    return m;
+  }
+
+ public:
+  explicit Normalizer(const CombineParams& params)
+      : p(params),
+        rules(params.normalize.each),
+        map(static_cast<Affine<C>*>(params.affine)),
+        pools(params.normalize.by == Pool::kGroup ? params.groups : 1),
+        equal(params.normalize.by == Pool::kGroup && params.normalize.groups == Groups::kSize
+                  ? params.normalize.group_size * params.row_tokens
+                  : 0) {}
+
+  bool active() const { return map != nullptr; }
+
+  // to[k] = the normalised x[k] of objective i, for the tokens [first, first + count); to may be x.
+  void apply(int i, int64_t first, int count, const C* x, C* to) const {
+    const Affine<C>* of = map + i * pools;
+    if (pools == 1) return run(*of, x, to, count);
+    if (equal > 0 && first % equal == 0) {
+      of += first / equal;
+      switch (equal) {
+        case 2: return equal_runs<2>(of, x, to, count);
+        case 4: return equal_runs<4>(of, x, to, count);
+        case 8: return equal_runs<8>(of, x, to, count);
+        case 16: return equal_runs<16>(of, x, to, count);
+        default: break;
+      }
+      of -= first / equal;
+    }
+    int64_t g = group_at(first);
+    for (int k = 0; k < count; ++g) {
+      const int end = static_cast<int>(smaller<int64_t>(count, p.starts[g + 1] * p.row_tokens - first));
+      run(of[g], x + k, to + k, end - k);
+      k = end;
+    }
+  }
+
+  // The maps of the groups [first, last). load(token, count) fills `tile`.
+  template <class Load>
+  void measure(int64_t first, int64_t last, Tile<C>& tile, int stride, Moments* moments, Load load) {
+    for (int64_t g = first; g < last;) {
+      const int64_t begin = token(g);
+      int64_t end = g;
+      while (end < last && token(end + 1) - begin <= stride) ++end;
+      if (end == g) {  // larger than a tile
+        Moments of[kMaxObjectives];
+        fill(of, 0, p.n, Moments::empty());
+        for (int64_t t = begin; t < token(g + 1); t += stride) {
+          const int count = static_cast<int>(smaller<int64_t>(stride, token(g + 1) - t));
+          load(t, count);
+          for (int i = 0; i < p.n; ++i) merge(of[i], range(tile, tile.x + i * stride, 0, count));
+        }
+        for (int i = 0; i < p.n; ++i) keep(i, g, of[i], moments[i]);
+        ++g;
+        continue;
+      }
+      load(begin, static_cast<int>(token(end) - begin));
+      for (int i = 0; i < p.n; ++i) groups_of_tile(i, g, end, tile, tile.x + i * stride, moments[i]);
+      g = end;
+    }
+  }
+
+  // Raw moments of the usable samples [first, last) of a tile.
+  Moments range(const Tile<C>& tile, const C* x, int first, int last) {
+    V total{};
+    M counted{}, nonfinite{};
+    for (int k = first; k < last; k += kLanes) {
+      const V sample = vector_at(x + k);
+      const M valid = mask_at(tile.valid + k) & below(k, last), usable = valid & finite(sample);
+      counted -= usable;
+      nonfinite -= valid & ~usable;
+      total += usable ? sample : V{};
+    }
+    Moments m = Moments::empty();
+    lanes.spill(counted, nonfinite, total);
+    m.count = lanes.count(0);
+    m.nonfinite = lanes.count(1);
+    if (m.count == 0) return m;
+    const double n = static_cast<double>(m.count);
+    C centre = static_cast<C>(lanes.sum(2) / n);
+    if (!(centre - centre == 0)) centre = 0;  // the sum of huge samples has overflowed
+    V deviation{}, squares{}, low = V{} + kInf, high = V{} - kInf;
+    for (int k = first; k < last; k += kLanes) {
+      const V sample = vector_at(x + k);
+      const M usable = mask_at(tile.valid + k) & below(k, last) & finite(sample);
+      const V d = usable ? sample - centre : V{};
+      deviation += d;
+      squares += d * d;
+      low = usable & (sample < low) ? sample : low;
+      high = usable & (sample > high) ? sample : high;
+    }
+    lanes.spill(deviation, squares, low, high);
+    const double drift = lanes.sum(0), spread = lanes.sum(1), m2 = spread - drift * (drift / n);
+    m.mean = static_cast<double>(centre) + drift / n;
+    m.m2 = spread == HUGE_VAL ? spread : m2 < 0.0 ? 0.0 : m2;
+    m.min = lanes.template extreme<Smaller>(2);
+    m.max = lanes.template extreme<Larger>(3);
+    return m;
+  }
+
+  void keep(int i, int64_t g, const Moments& m, Moments& total) {
+    const PoolMoments pool = m.pool(p.propagate);
+    map[i * pools + g] = affine<C>(rules, pool);
+    total.dead += is_dead(rules, pool);
+  }
+
+ private:
+  int64_t token(int64_t group) const { return p.starts[group] * p.row_tokens; }
+
+  int64_t group_at(int64_t token_index) const {  // the last group that starts at or before it
+    const int64_t row = token_index / p.row_tokens;
+    int64_t low = 0, high = pools;
+    while (high - low > 1) {
+      const int64_t middle = low + (high - low) / 2;
+      (p.starts[middle] <= row ? low : high) = middle;
+    }
+    return low;
+  }
+
+  static void run(const Affine<C>& f, const C* x, C* to, int count) {
+    for (int k = 0; k < count; ++k) to[k] = f(x[k]);
+  }
+
+  template <int kSize>
+  static void equal_runs(const Affine<C>* f, const C* __restrict x, C* to, int count) {
+    for (int k = 0; k + kSize <= count; k += kSize, ++f) {
+      const Affine<C> g = *f;
+      for (int j = 0; j < kSize; ++j) to[k + j] = g(x[k + j]);
+    }
+    for (int k = count / kSize * kSize; k < count; ++k) to[k] = (*f)(x[k]);
+  }
+
+  void groups_of_tile(int i, int64_t first, int64_t last, const Tile<C>& tile, C* x, Moments& total) {
+    const int64_t begin = token(first);
+    for (int64_t g = first; g < last;) {
+      int size[kLanes] = {}, lane = 0, longest = 0;
+      for (; lane < kLanes && g + lane < last; ++lane) {
+        size[lane] = static_cast<int>(token(g + lane + 1) - token(g + lane));
+        if (size[lane] > kSmall) break;
+        longest = size[lane] > longest ? size[lane] : longest;
+      }
+      if (lane == 0) {
+        const int from = static_cast<int>(token(g) - begin);
+        keep(i, g, range(tile, x, from, from + size[0]), total);
+        ++g;
+        continue;
+      }
+      for (int l = 0; l < lane; ++l) {  // a group to a lane; NaN where it has no usable sample, inf where it is broken
+        const int from = static_cast<int>(token(g + l) - begin);
+        for (int j = 0; j < size[l]; ++j) columns[j * kLanes + l] = sample(x[from + j], tile.valid[from + j]);
+        for (int j = size[l]; j < longest; ++j) columns[j * kLanes + l] = std::numeric_limits<C>::quiet_NaN();
+      }
+      side_by_side(i, g, lane, longest, total);
+      g += lane;
+    }
+  }
+
+  C sample(C x, I valid) const {
+    if (!valid) return std::numeric_limits<C>::quiet_NaN();
+    if (x - x == 0) return x;
+    return p.propagate ? kInf : std::numeric_limits<C>::quiet_NaN();
+  }
+
+  // kLanes groups at a time; store_maps has the formulas of affine(), for vectors.
+  void side_by_side(int i, int64_t first, int count, int longest, Moments& total) {
+    V n{}, sum{}, low = V{} + kInf, high = V{} - kInf;
+    M broken{};
+    for (int j = 0; j < longest; ++j) {
+      const V x = vector_at(columns + j * kLanes);
+      const M usable = finite(x);
+      n += usable ? V{} + 1 : V{};
+      sum += usable ? x : V{};
+      low = usable & (x < low) ? x : low;
+      high = usable & (x > high) ? x : high;
+      broken |= x == kInf;
+    }
+    const V divisor = n > V{} ? n : V{} + 1;
+    V mean = sum / divisor;
+    mean = finite(mean) ? mean : V{};
+    V drift{}, squares{};
+    for (int j = 0; j < longest; ++j) {
+      const V x = vector_at(columns + j * kLanes), d = finite(x) ? x - mean : V{};
+      drift += d;
+      squares += d * d;
+    }
+    const V rest = drift / divisor;  // what the mean lacks
+    V m2 = squares - drift * rest;
+    m2 = m2 > V{} ? m2 : V{};
+    store_maps(i, first, count, n, mean, rest, m2, low, high, broken, total);
+  }
+
+  void store_maps(int i, int64_t first, int count, V n, V mean, V rest, V m2, V low, V high, M broken, Moments& total) {
+    const M nothing{}, any = ~nothing, single = n == V{} + 1, raw = rules.raw_singleton ? single : nothing;
+    const M changes = rules.center || rules.scale ? any : nothing;
+    const M dead = changes & ~broken & ((single & ~raw) | ((n > V{} + 1) & (low == high)));
+    const V freedom = n - static_cast<C>(rules.correction), eps = V{} + static_cast<C>(rules.eps);
+    const V variance = raw ? V{} + 1 : m2 / (freedom > V{} ? freedom : V{} + 1);
+    const V deviation = rules.eps_in_variance ? root(variance + eps) : root(variance) + eps;
+    V factor = rules.scale ? 1 / deviation : V{} + 1, shift = rules.center ? mean : V{}, remainder = V{};
+    if (rules.center) remainder = rest;
+    shift = dead ? low : raw ? V{} : shift;
+    remainder = dead | raw ? V{} : remainder;
+    factor = dead ? V{} : factor;
+    shift = changes & broken ? V{} + std::numeric_limits<C>::quiet_NaN() : shift;
+    for (int l = 0; l < count; ++l) {
+      map[i * pools + first + l] = {shift[l], remainder[l], factor[l]};
+      total.dead -= dead[l];
+    }
+  }
+
+  static float root(float x) { return __builtin_sqrtf(x); }
+  static double root(double x) { return __builtin_sqrt(x); }
+  static V root(V x) {
+    C lane[kLanes];
+    memcpy(lane, &x, sizeof x);
+    for (int l = 0; l < kLanes; ++l) lane[l] = root(lane[l]);
+    return vector_at(lane);
+  }
+
+  const CombineParams& p;
+  const MomentRules rules;
+  Affine<C>* const map;  // [n, pools]
+  const int64_t pools;
+  const int64_t equal;  // tokens in every group, 0 if that is not one number
+  Lanes<C> lanes;
+  alignas(64) C columns[kSmall * kLanes];
+};
+
+}  // namespace PAMA_ISA
+}  // namespace pama
