@@ -256,8 +256,9 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
   p.solver = options.solver;
   p.level = options.level;
   p.order = p.starts = nullptr;
+  p.equal_rows = 0;
   p.sums = p.affine = nullptr;
-  p.absent_zero = false;
+  p.absent_zero = p.measures = false;
   p.per_token = p.level == Level::kSequence && ndim == 1;
   if (p.per_token) p.level = Level::kToken;
 

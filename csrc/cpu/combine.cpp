@@ -58,9 +58,6 @@ void for_parts(ParallelFor parallel_for, int64_t parts, int64_t units, const F& 
   if (parallel_for(0, parts, 1, run, &context) != 0) throw std::runtime_error("torch_parallel_for failed");
 }
 
-// How much two passes over the same tokens may cover for the second to find them in the second-level cache.
-constexpr int64_t kElementsPerBlock = 32 * 1024;
-
 int64_t parts_for(const CombineParams& p, int64_t units) {
   return std::clamp<int64_t>(std::min(p.tokens() * p.n / kElementsPerPart, units), 1, kMaxParts);
 }
@@ -108,10 +105,10 @@ class Run {
       p.sums = sums.get();
       return;
     }
-    map.reset(new Affine<C>[p.n * (by == Pool::kGroup ? p.groups : 1)]);
+    map.reset(new C[3 * p.n * (by == Pool::kGroup ? p.groups : 1)]);
     p.affine = map.get();
-    measures = !sums && by == Pool::kGroup && p.level != Level::kSequence;
-    if (measures) return;
+    p.measures = !sums && by == Pool::kGroup && p.level != Level::kSequence;
+    if (p.measures) return;
     CombineParams q = p;
     if (sums) {
       q = samples_of(p, p.n, p.normalize.each, by);
@@ -138,14 +135,14 @@ class Run {
       dead_pools[i] += moments[i].dead;
       if (groups) continue;
       const PoolMoments pool = moments[i].pool(q.propagate);
-      map[i] = affine<C>(q.normalize.each, pool);
+      Maps<C>(map.get(), q.n).set(i, affine<C>(q.normalize.each, pool));
       dead_pools[i] += is_dead(q.normalize.each, pool);
     }
   }
 
   void combine() {
     const bool pooled = p.level == Level::kSequence || p.level == Level::kGroup;
-    const int64_t units = measures ? p.groups : pooled ? p.pools() : p.tokens();
+    const int64_t units = p.measures ? p.groups : pooled ? p.pools() : p.tokens();
     const int64_t parts = parts_for(p, units), grams = p.solver == Solver::kMinNorm ? p.n * p.n + 1 : 0;
     Part one;
     const std::unique_ptr<Part[]> many(parts > 1 ? new Part[parts] : nullptr);
@@ -185,23 +182,7 @@ class Run {
     out[p.n] = static_cast<C>(value);
   }
 
-  // Statistics of a part, and all else that can be done on the way. Groups to be measured come in blocks that then
-  // still are in cache.
   void observe(Part& part, double* gram, int64_t first, int64_t last) const {
-    if (!measures) return observe_units(part, gram, first, last);
-    for (int64_t g = first; g < last;) {
-      int64_t end = g + 1;
-      while (end < last && (p.starts[end + 1] - p.starts[g]) * p.row_tokens * p.n <= kElementsPerBlock) ++end;
-      kernels.measure(p, g, end, part.moments);
-      if (p.level == Level::kGroup)
-        observe_units(part, gram, g, end);
-      else
-        observe_units(part, gram, p.starts[g] * p.row_tokens, p.starts[end] * p.row_tokens);
-      g = end;
-    }
-  }
-
-  void observe_units(Part& part, double* gram, int64_t first, int64_t last) const {
     if (p.level == Level::kToken)
       kernels.tokens(p, first, last, part.moments, part.shares);
     else if (p.level == Level::kBatch)
@@ -227,7 +208,7 @@ class Run {
     const Pool by = p.normalize.combined;
     CombineParams q = samples_of(p, 1, p.normalize.last, by);
     q.advantages[0] = p.out;
-    map.reset(new Affine<C>[by == Pool::kGroup ? p.groups : 1]);
+    map.reset(new C[3 * (by == Pool::kGroup ? p.groups : 1)]);
     q.affine = map.get();
     int64_t unused[1] = {};
     measure(q, unused);
@@ -238,10 +219,9 @@ class Run {
   CombineParams& p;
   const CpuKernels& kernels;
   const ParallelFor parallel_for;
-  std::unique_ptr<C[]> sums;         // [batch, n]: the scores of the rows
-  std::unique_ptr<Affine<C>[]> map;  // [n, pools]
+  std::unique_ptr<C[]> sums;  // [batch, n]: the scores of the rows
+  std::unique_ptr<C[]> map;   // Maps<C> of [n, pools]
   int64_t dead[kMaxObjectives];
-  bool measures = false;  // groups are measured on the way to the statistics
 };
 
 }  // namespace

@@ -6,10 +6,7 @@
 #include <cmath>
 
 #include "isa.h"
-#include "lanes.h"
-#include "normalize_kernel.h"
-#include "pama/indicator.h"
-#include "pama/moments.h"
+#include "observe.h"
 #include "pama/solve.h"
 #include "tile.h"
 
@@ -17,59 +14,59 @@ namespace pama {
 namespace PAMA_ISA {
 
 template <class C>
-class Kernel {
-  using V = typename Simd<C>::V;
-  using M = typename Simd<C>::M;
-  using I = typename Simd<C>::I;
-  static constexpr int kLanes = Simd<C>::lanes;
-  static constexpr C kInf = std::numeric_limits<C>::infinity();
-
-  static V& vec(C* x) { return *reinterpret_cast<V*>(x); }
-  static const V& vec(const C* x) { return *reinterpret_cast<const V*>(x); }
-  static M& vec(I* x) { return *reinterpret_cast<M*>(x); }
-  static V all(C x) { return V{} + x; }
-  static M finite(V x) { return (x - x) == V{}; }
+class Kernel : Observer<C> {
+  using typename Observer<C>::V;
+  using typename Observer<C>::M;
+  using Observer<C>::all;
+  using Observer<C>::finite;
+  using Observer<C>::floor;
+  using Observer<C>::gated_at;
+  using Observer<C>::kInf;
+  using Observer<C>::kLanes;
+  using Observer<C>::lanes;
+  using Observer<C>::normalizer;
+  using Observer<C>::p;
+  using Observer<C>::propagate;
+  using Observer<C>::scale;
+  using Observer<C>::stride;
+  using Observer<C>::tile;
+  using Observer<C>::vec;
 
  public:
-  explicit Kernel(const CombineParams& params)
-      : p(params),
-        stride(Tile<C>::stride_for(params.n)),
-        adjacent(interleaved(params)),
-        floor(params.noon ? C{0} : -kInf),
-        propagate(M{} - (params.propagate ? 1 : 0)),
-        normalizer(params) {
-    for (int i = 0; i < p.n; ++i) scale[i] = static_cast<C>(p.scale(i));
-  }
+  explicit Kernel(const CombineParams& params) : Observer<C>(params), adjacent(interleaved(params)) {}
 
   // Statistics of the tokens [first, last), merged into moments[n], and into the Gram matrix if there is one.
   template <class S>
   void scan(int64_t first, int64_t last, Moments* moments, double* gram) {
-    for (int64_t t = first; t < last; t += stride) {
-      const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
+    tiles(first, last, [&](int64_t t, int count) {
       load<S>(t, count);
-      if (gram) {
-        for (int i = 0; i < p.n; ++i) observe<true>(i, t, count, moments[i]);
-        add_gram(count, gram);
-      } else {
-        for (int i = 0; i < p.n; ++i) observe<false>(i, t, count, moments[i]);
-      }
-    }
+      scan_tile(t, count, moments, gram);
+    });
+  }
+
+  // The same for the tokens of the groups [first, last), and the maps that normalise them.
+  template <class S>
+  void scan_groups(int64_t first, int64_t last, Moments* moments, double* gram) {
+    normalizer.measure(
+        first, last, tile, stride, moments, [&](int64_t t, int count) { load<S>(t, count); },
+        [&](int64_t t, int count) { scan_tile(t, count, moments, gram); });
   }
 
   // Raw moments of the samples [first, last), merged into moments[n].
   template <class S>
   void moments(int64_t first, int64_t last, Moments* to) {
-    for (int64_t t = first; t < last; t += stride) {
-      const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
+    tiles(first, last, [&](int64_t t, int count) {
       load_samples<S>(t, count);
       for (int i = 0; i < p.n; ++i) merge(to[i], normalizer.range(tile, tile.x + i * stride, 0, count));
-    }
+    });
   }
 
   // The maps that normalise the groups [first, last).
   template <class S>
   void measure(int64_t first, int64_t last, Moments* moments) {
-    normalizer.measure(first, last, tile, stride, moments, [&](int64_t t, int count) { load_samples<S>(t, count); });
+    normalizer.measure(
+        first, last, tile, stride, moments, [&](int64_t t, int count) { load_samples<S>(t, count); },
+        [](int64_t, int) { return Nothing{}; });
   }
 
   // The score of each of the rows [first, last): the sum of its valid entries, whatever they are; -0 if there are none.
@@ -79,8 +76,7 @@ class Kernel {
       double sums[kMaxObjectives];
       int64_t valid = 0;
       fill(sums, 0, p.n, 0.0);
-      for (int64_t t = row * p.cols; t < (row + 1) * p.cols; t += stride) {
-        const int count = static_cast<int>(smaller<int64_t>(stride, (row + 1) * p.cols - t));
+      tiles(row * p.cols, (row + 1) * p.cols, [&](int64_t t, int count) {
         load_samples<S>(t, count);
         for (int i = 0; i < p.n; ++i) {
           V total{};
@@ -93,7 +89,7 @@ class Kernel {
           sums[i] += lanes.sum(0);
           if (i == 0) valid += lanes.count(1);
         }
-      }
+      });
       C* to = static_cast<C*>(p.sums) + row * p.n;
       for (int i = 0; i < p.n; ++i) to[i] = valid ? static_cast<C>(sums[i]) : -C{0};
     }
@@ -102,20 +98,18 @@ class Kernel {
   // Normalises the one objective in place; what is not there becomes 0.
   template <class S>
   void rewrite(int64_t first, int64_t last) {
-    for (int64_t t = first; t < last; t += stride) {
-      const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
+    tiles(first, last, [&](int64_t t, int count) {
       load_samples<S>(t, count);
       normalizer.apply(0, t, count, tile.x, tile.normal);
       for (int k = 0; k < count; k += kLanes) vec(tile.normal + k) = vec(tile.valid + k) ? vec(tile.normal + k) : V{};
       store_plane<S>(p, p.advantages[0], t, count, tile.normal);
-    }
+    });
   }
 
   // The combination of the tokens [first, last) under fixed weights[n].
   template <class S>
   void weigh(int64_t first, int64_t last, const double* weights) {
-    for (int64_t t = first; t < last; t += stride) {
-      const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
+    tiles(first, last, [&](int64_t t, int count) {
       load_valid(p, t, count, tile);
       fill(tile.out, 0, count + kLanes - 1, C{0});
       const bool mark = marks();
@@ -142,26 +136,53 @@ class Kernel {
       if (mark)
         for (int k = 0; k < count; k += kLanes) vec(tile.out + k) = marked<S>(vec(tile.out + k), vec(tile.taken + k));
       if (!p.in_place) store_plane<S>(p, p.out, t, count, tile.out);
-    }
+    });
   }
 
   // Level token: statistics, solve and combination of the tokens [first, last).
   template <class S>
   void tokens(int64_t first, int64_t last, Moments* moments, TokenShares& shares) {
-    for (int64_t t = first; t < last; t += stride) {
-      const int count = static_cast<int>(smaller<int64_t>(stride, last - t));
+    tiles(first, last, [&](int64_t t, int count) {
       load<S>(t, count);
-      for (int i = 0; i < p.n; ++i) observe<true>(i, t, count, moments[i]);
-      solve_tokens<S>(t, count, shares);
-      if (p.in_place) {
-        for (int i = 0; i < p.n; ++i) store_plane<S>(p, p.advantages[i], t, count, tile.x + i * stride);
-      } else {
-        store_plane<S>(p, p.out, t, count, tile.out);
-      }
-    }
+      tokens_tile<S>(t, count, moments, shares);
+    });
+  }
+
+  // The same for the tokens of the groups [first, last), and the maps that normalise them.
+  template <class S>
+  void token_groups(int64_t first, int64_t last, Moments* moments, TokenShares& shares) {
+    normalizer.measure(
+        first, last, tile, stride, moments, [&](int64_t t, int count) { load<S>(t, count); },
+        [&](int64_t t, int count) { tokens_tile<S>(t, count, moments, shares); });
   }
 
  private:
+  // f(t, count) for each tile of the tokens [first, last).
+  template <class F>
+  void tiles(int64_t first, int64_t last, F f) const {
+    for (int64_t t = first; t < last; t += stride) f(t, static_cast<int>(smaller<int64_t>(stride, last - t)));
+  }
+
+  void scan_tile(int64_t t, int count, Moments* moments, double* gram) {
+    if (!gram) {
+      for (int i = 0; i < p.n; ++i) this->template observe<false>(i, t, count, moments[i]);
+      return;
+    }
+    for (int i = 0; i < p.n; ++i) this->template observe<true>(i, t, count, moments[i]);
+    add_gram(count, gram);
+  }
+
+  template <class S>
+  void tokens_tile(int64_t t, int count, Moments* moments, TokenShares& shares) {
+    for (int i = 0; i < p.n; ++i) this->template observe<true>(i, t, count, moments[i]);
+    solve_tokens<S>(t, count, shares);
+    if (p.in_place) {
+      for (int i = 0; i < p.n; ++i) store_plane<S>(p, p.advantages[i], t, count, tile.x + i * stride);
+    } else {
+      store_plane<S>(p, p.out, t, count, tile.out);
+    }
+  }
+
   template <class S>
   void load(int64_t t, int count) {
     load_valid(p, t, count, tile);
@@ -226,83 +247,6 @@ class Kernel {
       }
     }
   }
-
-  // Statistics of objective i over the tile, merged into `m`. kKeep: leaves A_i in x and, in `taken`, who takes part.
-  //
-  // One pass around a centre near the mean: the sum of the deviations then corrects both moments. The centre is the
-  // mean of what came before; how far this tile's mean lies from it is itself spread that the merged m2 contains, so
-  // what cancels is small against the result. The first tile has no before and looks once more.
-  template <bool kKeep>
-  void observe(int i, int64_t first, int count, Moments& m) {
-    C* x = tile.x + i * stride;
-    const C* normal = x;
-    if (normalizer.active()) normalizer.apply(i, first, count, x, tile.normal), normal = tile.normal;
-    I* taken = tile.taken + i * stride;
-    C centre = static_cast<C>(m.count >= count ? m.mean : mean(x, count));
-    if (!(centre - centre == 0)) centre = 0;  // the sum of huge entries has overflowed
-
-    V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
-    M counted{}, nonfinite{}, positive{}, nonzero{}, clipped{};
-    for (int k = 0; k < count; k += kLanes) {
-      const V entry = vec(x + k);
-      const M valid = vec(tile.valid + k), is_finite = finite(entry), usable = valid & is_finite;
-      const M take = valid & (is_finite | propagate);
-      counted -= usable;
-      nonfinite -= valid & ~is_finite;
-      const V d = usable ? entry - centre : V{};
-      deviation += d;
-      squares += d * d;
-      const V or_high = usable ? entry : all(kInf), or_low = usable ? entry : all(-kInf);
-      low = or_high < low ? or_high : low;
-      high = or_low > high ? or_low : high;
-      const V processed = vec(normal + k);
-      positive -= usable & (processed > V{});
-
-      const V positive_part = noon(take ? processed : V{}, all(floor)), advantage = positive_part * scale[i];
-      const V gated = gated_at(advantage, k);
-      active += gated;
-      const M is_nonzero = positive_part != V{};
-      nonzero -= is_nonzero;
-      clipped -= is_nonzero & (gated == V{});
-      if (kKeep) {
-        vec(x + k) = advantage;
-        vec(taken + k) = take;
-      }
-    }
-    Moments here = Moments::empty();
-    lanes.spill(counted, nonfinite, positive, nonzero, clipped, active, deviation, squares, low, high);
-    here.count = lanes.count(0);
-    here.nonfinite = lanes.count(1);
-    here.positive = lanes.count(2);
-    here.nonzero = lanes.count(3);
-    here.clipped = lanes.count(4);
-    here.active = lanes.sum(5);
-    const double n = static_cast<double>(here.count > 0 ? here.count : 1);
-    const double drift = lanes.sum(6), spread = lanes.sum(7), m2 = spread - drift * (drift / n);
-    here.mean = static_cast<double>(centre) + drift / n;
-    here.m2 = spread == HUGE_VAL ? spread : m2 < 0.0 ? 0.0 : m2;  // squares may overflow: inf, not inf - inf
-    if (here.count > 0) {
-      here.min = lanes.template extreme<Smaller>(8);
-      here.max = lanes.template extreme<Larger>(9);
-    }
-    merge(m, here);
-  }
-
-  double mean(C* x, int count) {
-    V total{};
-    M counted{};
-    for (int k = 0; k < count; k += kLanes) {
-      const V entry = vec(x + k);
-      const M usable = vec(tile.valid + k) & finite(entry);
-      counted -= usable;
-      total += usable ? entry : V{};
-    }
-    lanes.spill(counted, total);
-    const int64_t n = lanes.count(0);
-    return n > 0 ? lanes.sum(1) / static_cast<double>(n) : 0.0;
-  }
-
-  V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
 
   // Theorem 1 for kLanes tokens at a time; `x` holds A_i on entry and, in place, c_i A_i on return.
   template <class S>
@@ -381,15 +325,7 @@ class Kernel {
       weights[p.row_of(token + l) * p.n] = fixed || used[l] ? c[l] : static_cast<C>(1.0 / p.n);
   }
 
-  const CombineParams& p;
-  const int stride;
   const bool adjacent;
-  const C floor;      // Noon: max(A, 0); otherwise -inf
-  const M propagate;  // all ones if non-finite entries take part
-  C scale[kMaxObjectives];
-  Tile<C> tile;
-  Lanes<C> lanes;
-  Normalizer<C> normalizer;
 };
 
 namespace {
@@ -404,7 +340,10 @@ inline __attribute__((always_inline)) void with_kernel(const CombineParams& p, F
 }
 
 void scan(const CombineParams& p, int64_t first, int64_t last, Moments* moments, double* gram) {
-  with_kernel(p, [&](auto& kernel, auto s) { kernel.template scan<decltype(s)>(first, last, moments, gram); });
+  with_kernel(p, [&](auto& kernel, auto s) {
+    if (p.measures) return kernel.template scan_groups<decltype(s)>(first, last, moments, gram);
+    kernel.template scan<decltype(s)>(first, last, moments, gram);
+  });
 }
 
 void weigh(const CombineParams& p, int64_t first, int64_t last, const double* weights) {
@@ -412,7 +351,10 @@ void weigh(const CombineParams& p, int64_t first, int64_t last, const double* we
 }
 
 void tokens(const CombineParams& p, int64_t first, int64_t last, Moments* moments, TokenShares& shares) {
-  with_kernel(p, [&](auto& kernel, auto s) { kernel.template tokens<decltype(s)>(first, last, moments, shares); });
+  with_kernel(p, [&](auto& kernel, auto s) {
+    if (p.measures) return kernel.template token_groups<decltype(s)>(first, last, moments, shares);
+    kernel.template tokens<decltype(s)>(first, last, moments, shares);
+  });
 }
 
 // One solve for each pool of tokens, combined while they are in cache: rows at level "sequence", or groups.
@@ -428,6 +370,7 @@ void pools(const CombineParams& p, int64_t first, int64_t last, Moments* moments
       double weights[kMaxObjectives];
       fill(of, 0, p.n, Moments::empty());
       if (gram) fill(gram, 0, p.n * p.n + 1, 0.0);
+      if (p.measures) kernel.template measure<S>(k, k + 1, moments);
       kernel.template scan<S>(begin * p.row_tokens, end * p.row_tokens, of, gram);
       const double value = solve_pool(p, of, gram, weights);
       kernel.template weigh<S>(begin * p.row_tokens, end * p.row_tokens, weights);

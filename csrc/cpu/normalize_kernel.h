@@ -11,6 +11,8 @@
 namespace pama {
 namespace PAMA_ISA {
 
+struct Nothing {};  // what a caller of Normalizer::measure returns if it wants nothing done
+
 template <class C>
 class Normalizer {
   using V = typename Simd<C>::V;
@@ -32,50 +34,50 @@ class Normalizer {
     return m;
   }
   static M finite(V x) { return (x - x) == V{}; }
+  using Places = pama::PAMA_ISA::Places<C>;
+  template <int... kPlaces>
+  static M places(std::integer_sequence<int, kPlaces...>) {
+    return M{kPlaces...};
+  }
   static M below(int first, int last) {  // lanes k with first + k < last
-    M m;
-    for (int k = 0; k < kLanes; ++k) m[k] = first + k < last ? -1 : 0;
-    return m;
+    return places(Places()) < M{} + (last - first);
   }
 
  public:
   explicit Normalizer(const CombineParams& params)
       : p(params),
         rules(params.normalize.each),
-        map(static_cast<Affine<C>*>(params.affine)),
         pools(params.normalize.by == Pool::kGroup ? params.groups : 1),
-        equal(params.normalize.by == Pool::kGroup && params.normalize.groups == Groups::kSize
-                  ? params.normalize.group_size * params.row_tokens
-                  : 0) {}
+        map(static_cast<C*>(params.affine), params.n * pools),
+        equal(params.normalize.by == Pool::kGroup ? params.equal_rows * params.row_tokens : 0) {}
 
-  bool active() const { return map != nullptr; }
+  bool active() const { return map.high != nullptr; }
 
   // to[k] = the normalised x[k] of objective i, for the tokens [first, first + count); to may be x.
   void apply(int i, int64_t first, int count, const C* x, C* to) const {
-    const Affine<C>* of = map + i * pools;
-    if (pools == 1) return run(*of, x, to, count);
+    int64_t at = i * pools;
+    if (pools == 1) return run(map[at], x, to, count);
     if (equal > 0 && first % equal == 0) {
-      of += first / equal;
       switch (equal) {
-        case 2: return equal_runs<2>(of, x, to, count);
-        case 4: return equal_runs<4>(of, x, to, count);
-        case 8: return equal_runs<8>(of, x, to, count);
-        case 16: return equal_runs<16>(of, x, to, count);
+        case 2: return equal_runs<2>(at + first / 2, x, to, count);
+        case 4: return equal_runs<4>(at + first / 4, x, to, count);
+        case 8: return equal_runs<8>(at + first / 8, x, to, count);
+        case 16: return equal_runs<16>(at + first / 16, x, to, count);
         default: break;
       }
-      of -= first / equal;
     }
     int64_t g = group_at(first);
     for (int k = 0; k < count; ++g) {
       const int end = static_cast<int>(smaller<int64_t>(count, p.starts[g + 1] * p.row_tokens - first));
-      run(of[g], x + k, to + k, end - k);
+      run(map[at + g], x + k, to + k, end - k);
       k = end;
     }
   }
 
-  // The maps of the groups [first, last). load(token, count) fills `tile`.
-  template <class Load>
-  void measure(int64_t first, int64_t last, Tile<C>& tile, int stride, Moments* moments, Load load) {
+  // The maps of the groups [first, last). load(token, count) fills `tile`; then(token, count) is called for every tile
+  // once the maps of its groups are known, with the tile as it was loaded.
+  template <class Load, class Then>
+  void measure(int64_t first, int64_t last, Tile<C>& tile, int stride, Moments* moments, Load load, Then then) {
     for (int64_t g = first; g < last;) {
       const int64_t begin = token(g);
       int64_t end = g;
@@ -89,11 +91,20 @@ class Normalizer {
           for (int i = 0; i < p.n; ++i) merge(of[i], range(tile, tile.x + i * stride, 0, count));
         }
         for (int i = 0; i < p.n; ++i) keep(i, g, of[i], moments[i]);
+        if constexpr (!std::is_same_v<decltype(then(0, 0)), Nothing>) {
+          for (int64_t t = begin; t < token(g + 1); t += stride) {
+            const int count = static_cast<int>(smaller<int64_t>(stride, token(g + 1) - t));
+            load(t, count);
+            then(t, count);
+          }
+        }
         ++g;
         continue;
       }
-      load(begin, static_cast<int>(token(end) - begin));
-      for (int i = 0; i < p.n; ++i) groups_of_tile(i, g, end, tile, tile.x + i * stride, moments[i]);
+      const int count = static_cast<int>(token(end) - begin);
+      load(begin, count);
+      for (int i = 0; i < p.n; ++i) groups_of_tile(i, g, end, count, tile, tile.x + i * stride, moments[i]);
+      then(begin, count);
       g = end;
     }
   }
@@ -138,7 +149,7 @@ class Normalizer {
 
   void keep(int i, int64_t g, const Moments& m, Moments& total) {
     const PoolMoments pool = m.pool(p.propagate);
-    map[i * pools + g] = affine<C>(rules, pool);
+    map.set(i * pools + g, affine<C>(rules, pool));
     total.dead += is_dead(rules, pool);
   }
 
@@ -160,17 +171,25 @@ class Normalizer {
   }
 
   template <int kSize>
-  static void equal_runs(const Affine<C>* f, const C* __restrict x, C* to, int count) {
-    for (int k = 0; k + kSize <= count; k += kSize, ++f) {
-      const Affine<C> g = *f;
-      for (int j = 0; j < kSize; ++j) to[k + j] = g(x[k + j]);
+  void equal_runs(int64_t at, const C* __restrict x, C* to, int count) const {
+    int k = 0;
+    for (; k + kSize <= count; k += kSize, ++at) {
+      const Affine<C> f = map[at];
+      for (int j = 0; j < kSize; ++j) to[k + j] = f(x[k + j]);
     }
-    for (int k = count / kSize * kSize; k < count; ++k) to[k] = (*f)(x[k]);
+    if (k < count) run(map[at], x + k, to + k, count - k);
   }
 
-  void groups_of_tile(int i, int64_t first, int64_t last, const Tile<C>& tile, C* x, Moments& total) {
+  void groups_of_tile(int i, int64_t first, int64_t last, int count, Tile<C>& tile, const C* x, Moments& total) {
+    const bool whole = count % kLanes == 0 && all_usable(tile, x, count);  // the usual case, with less to look at
+    if (!whole) prepare(tile, x, count);
+    const C* samples = whole ? x : tile.normal;
     const int64_t begin = token(first);
     for (int64_t g = first; g < last;) {
+      if (whole && last - g >= kLanes && equal_groups(i, g, samples + (g - first) * equal, total)) {
+        g += kLanes;
+        continue;
+      }
       int size[kLanes] = {}, lane = 0, longest = 0;
       for (; lane < kLanes && g + lane < last; ++lane) {
         size[lane] = static_cast<int>(token(g + lane + 1) - token(g + lane));
@@ -183,41 +202,108 @@ class Normalizer {
         ++g;
         continue;
       }
-      for (int l = 0; l < lane; ++l) {  // a group to a lane; NaN where it has no usable sample, inf where it is broken
-        const int from = static_cast<int>(token(g + l) - begin);
-        for (int j = 0; j < size[l]; ++j) columns[j * kLanes + l] = sample(x[from + j], tile.valid[from + j]);
-        for (int j = size[l]; j < longest; ++j) columns[j * kLanes + l] = std::numeric_limits<C>::quiet_NaN();
+      for (int l = 0; l < lane; ++l) {  // a group to a lane
+        const C* from = samples + (token(g + l) - begin);
+        for (int j = 0; j < size[l]; ++j) columns[j][l] = from[j];
+        for (int j = size[l]; j < longest; ++j) columns[j][l] = std::numeric_limits<C>::quiet_NaN();
       }
-      side_by_side(i, g, lane, longest, total);
+      side_by_side<0>(i, g, lane, columns, longest, total);
       g += lane;
     }
   }
 
-  C sample(C x, I valid) const {
-    if (!valid) return std::numeric_limits<C>::quiet_NaN();
-    if (x - x == 0) return x;
-    return p.propagate ? kInf : std::numeric_limits<C>::quiet_NaN();
+  static bool all_usable(const Tile<C>& tile, const C* x, int count) {
+    M usable = ~M{};
+    for (int k = 0; k < count; k += kLanes) usable &= mask_at(tile.valid + k) & finite(vector_at(x + k));
+    for (int l = 0; l < kLanes; ++l)
+      if (!usable[l]) return false;
+    return true;
+  }
+
+  // tile.normal = x, but NaN where a sample is not usable, and inf where it makes its pool undefined.
+  void prepare(Tile<C>& tile, const C* x, int count) const {
+    const V absent = V{} + std::numeric_limits<C>::quiet_NaN(), spoilt = p.propagate ? V{} + kInf : absent;
+    for (int k = 0; k < count; k += kLanes) {
+      const V sample = vector_at(x + k), some = finite(sample) ? sample : spoilt;
+      const V prepared = mask_at(tile.valid + k) ? some : absent;
+      memcpy(tile.normal + k, &prepared, sizeof prepared);
+    }
+  }
+
+  // kLanes groups of an equal, small size; false if it is not one of those known to the compiler.
+  bool equal_groups(int i, int64_t first, const C* from, Moments& total) {
+    switch (equal) {
+      case 2: return transposed<2>(i, first, from, total);
+      case 4: return transposed<4>(i, first, from, total);
+      case 8: return transposed<8>(i, first, from, total);
+      case 16: return transposed<16>(i, first, from, total);
+      default: return false;
+    }
+  }
+
+  template <int kSize>
+  bool transposed(int i, int64_t first, const C* from, Moments& total) {
+    V rows[kSize];
+    memcpy(rows, from, sizeof rows);
+    part<kSize>(rows);
+    side_by_side<kSize>(i, first, kLanes, rows, kSize, total);
+    return true;
+  }
+
+  // From kLanes groups of kSize samples to a vector for each place in a group, in whatever order of the places: the
+  // even elements are parted from the odd ones, then each half in the same way.
+  template <int kSize>
+  static void part(V* rows) {
+    if constexpr (kSize > 1) {
+      V parted[kSize];
+#pragma GCC unroll 16
+      for (int k = 0; k < kSize / 2; ++k) {
+        parted[k] = every_other<0>(rows[2 * k], rows[2 * k + 1], Places());
+        parted[kSize / 2 + k] = every_other<1>(rows[2 * k], rows[2 * k + 1], Places());
+      }
+#pragma GCC unroll 16
+      for (int k = 0; k < kSize; ++k) rows[k] = parted[k];
+      part<kSize / 2>(rows);
+      part<kSize / 2>(rows + kSize / 2);
+    }
+  }
+
+  template <int kFirst, int... kPlaces>
+  static V every_other(V a, V b, std::integer_sequence<int, kPlaces...>) {
+    return __builtin_shufflevector(a, b, (2 * kPlaces + kFirst)...);
   }
 
   // kLanes groups at a time; store_maps has the formulas of affine(), for vectors.
-  void side_by_side(int i, int64_t first, int count, int longest, Moments& total) {
-    V n{}, sum{}, low = V{} + kInf, high = V{} - kInf;
+  // kSize > 0: every group has that many samples, all usable.
+  template <int kSize>
+  inline __attribute__((always_inline)) void side_by_side(int i, int64_t first, int count, const V* columns_of,
+                                                          int longest, Moments& total) {
+    constexpr bool kAll = kSize > 0;
+    V n = V{} + static_cast<C>(kSize), sum{}, low = V{} + kInf, high = V{} - kInf;
     M broken{};
-    for (int j = 0; j < longest; ++j) {
-      const V x = vector_at(columns + j * kLanes);
-      const M usable = finite(x);
-      n += usable ? V{} + 1 : V{};
-      sum += usable ? x : V{};
-      low = usable & (x < low) ? x : low;
-      high = usable & (x > high) ? x : high;
-      broken |= x == kInf;
+#pragma GCC unroll 16
+    for (int j = 0; j < (kAll ? kSize : longest); ++j) {
+      const V x = columns_of[j];
+      if (kAll) {
+        sum += x;
+        low = x < low ? x : low;
+        high = x > high ? x : high;
+      } else {
+        const M usable = finite(x);
+        n += usable ? V{} + 1 : V{};
+        sum += usable ? x : V{};
+        low = usable & (x < low) ? x : low;
+        high = usable & (x > high) ? x : high;
+        broken |= x == kInf;
+      }
     }
     const V divisor = n > V{} ? n : V{} + 1;
     V mean = sum / divisor;
     mean = finite(mean) ? mean : V{};
     V drift{}, squares{};
-    for (int j = 0; j < longest; ++j) {
-      const V x = vector_at(columns + j * kLanes), d = finite(x) ? x - mean : V{};
+#pragma GCC unroll 16
+    for (int j = 0; j < (kAll ? kSize : longest); ++j) {
+      const V x = columns_of[j], d = kAll ? x - mean : (finite(x) ? x - mean : V{});
       drift += d;
       squares += d * d;
     }
@@ -240,10 +326,16 @@ class Normalizer {
     remainder = dead | raw ? V{} : remainder;
     factor = dead ? V{} : factor;
     shift = changes & broken ? V{} + std::numeric_limits<C>::quiet_NaN() : shift;
-    for (int l = 0; l < count; ++l) {
-      map[i * pools + first + l] = {shift[l], remainder[l], factor[l]};
-      total.dead -= dead[l];
+    const int64_t at = i * pools + first;
+    if (count == kLanes) {
+      memcpy(map.high + at, &shift, sizeof shift);
+      memcpy(map.low + at, &remainder, sizeof remainder);
+      memcpy(map.factor + at, &factor, sizeof factor);
+    } else {
+      for (int l = 0; l < count; ++l) map.set(at + l, {shift[l], remainder[l], factor[l]});
     }
+    lanes.spill(dead & below(0, count));
+    total.dead -= lanes.count(0);
   }
 
   static float root(float x) { return __builtin_sqrtf(x); }
@@ -257,11 +349,11 @@ class Normalizer {
 
   const CombineParams& p;
   const MomentRules rules;
-  Affine<C>* const map;  // [n, pools]
   const int64_t pools;
+  const Maps<C> map;    // [n, pools]
   const int64_t equal;  // tokens in every group, 0 if that is not one number
   Lanes<C> lanes;
-  alignas(64) C columns[kSmall * kLanes];
+  V columns[kSmall];  // a group to a lane
 };
 
 }  // namespace PAMA_ISA

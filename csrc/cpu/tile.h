@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "pama/combine.h"
 
@@ -115,10 +117,46 @@ void store_plane(const CombineParams& p, const Plane& q, int64_t first, int coun
   });
 }
 
+template <class C>
+using Places = std::make_integer_sequence<int, Simd<C>::lanes>;
+
+// One vector with every kStep-th element, from kFirst on, of kStep vectors that follow each other.
+template <int kStep, int kFirst, class C, int... kPlaces>
+inline auto every(const typename Simd<C>::V* rows, std::integer_sequence<int, kPlaces...>) {
+  constexpr int lanes = Simd<C>::lanes;
+  auto found = rows[0];
+  // Vector r has the elements [r * lanes, (r + 1) * lanes): what it does not have is kept as it is.
+  auto take = [&]<int kRow>() {
+    found =
+        __builtin_shufflevector(found, rows[kRow],
+                                ((kPlaces * kStep + kFirst) / lanes == kRow ? lanes + (kPlaces * kStep + kFirst) % lanes
+                                 : kRow == 1 && (kPlaces * kStep + kFirst) / lanes == 0 ? kPlaces * kStep + kFirst
+                                                                                        : kPlaces)...);
+  };
+  [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
+    (take.template operator()<kRows + 1>(), ...);
+  }(std::make_integer_sequence<int, kStep - 1>());
+  return found;
+}
+
 // Objectives last and adjacent: all of them in one walk over memory. N = 0: any number.
 template <int N, class S, class C>
 void deinterleave(const S* __restrict src, int m, int n, C* __restrict dst, int stride) {
-  if constexpr (N > 0) {
+  if constexpr (N > 1 && std::is_same_v<S, C>) {
+    using V = typename Simd<C>::V;
+    constexpr int lanes = Simd<C>::lanes;
+    int k = 0;
+    for (; k + lanes <= m; k += lanes) {
+      V rows[N];
+      memcpy(rows, src + k * N, sizeof rows);
+      [&]<int... kObjective>(std::integer_sequence<int, kObjective...>) {
+        auto store = [&](int i, V x) { memcpy(dst + i * stride + k, &x, sizeof x); };
+        (store(kObjective, every<N, kObjective, C>(rows, Places<C>())), ...);
+      }(std::make_integer_sequence<int, N>());
+    }
+    for (; k < m; ++k)
+      for (int i = 0; i < N; ++i) dst[i * stride + k] = src[k * N + i];
+  } else if constexpr (N > 0) {
     for (int k = 0; k < m; ++k)
       for (int i = 0; i < N; ++i) dst[i * stride + k] = Storage<S>::load(src[k * N + i]);
   } else {
@@ -150,6 +188,8 @@ void load_objectives(const CombineParams& p, bool adjacent, int64_t first, int c
       case 2: return deinterleave<2>(src, m, 2, to, stride);
       case 3: return deinterleave<3>(src, m, 3, to, stride);
       case 4: return deinterleave<4>(src, m, 4, to, stride);
+      case 5: return deinterleave<5>(src, m, 5, to, stride);
+      case 8: return deinterleave<8>(src, m, 8, to, stride);
       default: return deinterleave<0>(src, m, p.n, to, stride);
     }
   });

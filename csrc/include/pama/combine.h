@@ -79,8 +79,10 @@ struct CombineParams {
   // Filled by the launchers, in their own memory. Tokens are then counted in grouped order: row k is order[k].
   const int64_t* order;   // [batch], or null: groups follow each other as they stand
   const int64_t* starts;  // [groups + 1]: the rows of group g are [starts[g], starts[g + 1]) in that order
+  int64_t equal_rows;     // how many rows every group has, 0 if that differs
   void* sums;             // [batch, n] in the type of the arithmetic: scores to be read instead of advantages; or null
-  void* affine;           // Affine [n, pools], or null: nothing to normalise
+  void* affine;           // Maps of [n, pools] in that type, or null: nothing to normalise
+  bool measures;          // `affine` is filled on the way, group by group
   bool absent_zero;       // -0 marks samples that are not there
 
   Plane advantages[kMaxObjectives];

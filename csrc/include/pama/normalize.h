@@ -38,6 +38,17 @@ struct Affine {
   PAMA_HD C operator()(C x) const { return (x - high - low) * factor; }
 };
 
+// Many of them, each member on its own.
+template <class C>
+struct Maps {
+  C *high = nullptr, *low = nullptr, *factor = nullptr;
+
+  PAMA_HD Maps(C* memory, int64_t count)
+      : high(memory), low(memory ? memory + count : nullptr), factor(memory ? memory + 2 * count : nullptr) {}
+  PAMA_HD Affine<C> operator[](int64_t k) const { return {high[k], low[k], factor[k]}; }
+  PAMA_HD void set(int64_t k, const Affine<C>& f) const { high[k] = f.high, low[k] = f.low, factor[k] = f.factor; }
+};
+
 struct PoolMoments {
   double count, mean, m2, min, max;
   bool broken;  // a non-finite sample takes part

@@ -1,0 +1,173 @@
+// The statistics of one tile. Included once per instruction set.
+#pragma once
+
+#include <cmath>
+
+#include "lanes.h"
+#include "normalize_kernel.h"
+#include "pama/indicator.h"
+#include "pama/moments.h"
+#include "tile.h"
+
+namespace pama {
+namespace PAMA_ISA {
+
+template <class C>
+class Observer {
+ protected:
+  using V = typename Simd<C>::V;
+  using M = typename Simd<C>::M;
+  using I = typename Simd<C>::I;
+  static constexpr int kLanes = Simd<C>::lanes;
+  static constexpr C kInf = std::numeric_limits<C>::infinity();
+
+  static V& vec(C* x) { return *reinterpret_cast<V*>(x); }
+  static const V& vec(const C* x) { return *reinterpret_cast<const V*>(x); }
+  static M& vec(I* x) { return *reinterpret_cast<M*>(x); }
+  static V all(C x) { return V{} + x; }
+  static M finite(V x) { return (x - x) == V{}; }
+
+  explicit Observer(const CombineParams& params)
+      : p(params),
+        stride(Tile<C>::stride_for(params.n)),
+        floor(params.noon ? C{0} : -kInf),
+        propagate(M{} - (params.propagate ? 1 : 0)),
+        normalizer(params) {
+    for (int i = 0; i < p.n; ++i) scale[i] = static_cast<C>(p.scale(i));
+  }
+
+  V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
+
+  // Statistics of objective i over the tile, merged into `m`. kKeep: leaves A_i in x and, in `taken`, who takes part.
+  //
+  // One pass around a centre near the mean: the sum of the deviations then corrects both moments. The centre is the
+  // mean of what came before; how far this tile's mean lies from it is itself spread that the merged m2 contains, so
+  // what cancels is small against the result. The first tile has no before and looks once more.
+  template <bool kKeep>
+  void observe(int i, int64_t first, int count, Moments& m) {
+    C* x = tile.x + i * stride;
+    const C* normal = x;
+    if (normalizer.active()) normalizer.apply(i, first, count, x, tile.normal), normal = tile.normal;
+    if (!kKeep && !p.mask.data && !p.log_ratio.data && count % kLanes == 0 && scale[i] == 1 &&
+        observe_whole(x, normal, count, m))
+      return;
+    I* taken = tile.taken + i * stride;
+    const C centre = centre_of(m.count >= count ? m.mean : mean(x, count));
+
+    V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
+    M counted{}, nonfinite{}, positive{}, nonzero{}, clipped{};
+    for (int k = 0; k < count; k += kLanes) {
+      const V entry = vec(x + k);
+      const M valid = vec(tile.valid + k), is_finite = finite(entry), usable = valid & is_finite;
+      const M take = valid & (is_finite | propagate);
+      counted -= usable;
+      nonfinite -= valid & ~is_finite;
+      const V d = usable ? entry - centre : V{};
+      deviation += d;
+      squares += d * d;
+      const V or_high = usable ? entry : all(kInf), or_low = usable ? entry : all(-kInf);
+      low = or_high < low ? or_high : low;
+      high = or_low > high ? or_low : high;
+      const V processed = vec(normal + k);
+      positive -= usable & (processed > V{});
+
+      const V positive_part = noon(take ? processed : V{}, all(floor)), advantage = positive_part * scale[i];
+      const V gated = gated_at(advantage, k);
+      active += gated;
+      const M is_nonzero = positive_part != V{};
+      nonzero -= is_nonzero;
+      clipped -= is_nonzero & (gated == V{});
+      if (kKeep) {
+        vec(x + k) = advantage;
+        vec(taken + k) = take;
+      }
+    }
+    Moments here = Moments::empty();
+    lanes.spill(deviation, squares, low, high, active, counted, nonfinite, positive, nonzero, clipped);
+    here.count = lanes.count(5);
+    here.nonfinite = lanes.count(6);
+    here.positive = lanes.count(7);
+    here.nonzero = lanes.count(8);
+    here.clipped = lanes.count(9);
+    conclude(here, centre, m);
+  }
+
+ private:
+  // The same where all entries are valid, finite and active: false, with nothing done, if one is not finite.
+  bool observe_whole(const C* x, const C* normal, int count, Moments& m) {
+    V total{};
+    if (m.count < count)
+      for (int k = 0; k < count; k += kLanes) total += vec(x + k);
+    lanes.spill(total);
+    const C centre = centre_of(m.count >= count ? m.mean : lanes.sum(0) / count);
+
+    V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
+    M positive{}, nonzero{};
+    for (int k = 0; k < count; k += kLanes) {
+      const V entry = vec(x + k), d = entry - centre;
+      deviation += d;
+      squares += d * d;
+      low = entry < low ? entry : low;
+      high = entry > high ? entry : high;
+      const V processed = vec(normal + k), positive_part = noon(processed, all(floor));
+      positive -= processed > V{};
+      nonzero -= positive_part != V{};
+      active += positive_part;
+    }
+    Moments here = Moments::empty();
+    lanes.spill(deviation, squares, low, high, active, positive, nonzero);
+    const double drift = lanes.sum(0);
+    if (!(drift - drift == 0.0)) return false;
+    here.count = count;
+    here.positive = lanes.count(5);
+    here.nonzero = lanes.count(6);
+    conclude(here, centre, m);
+    return true;
+  }
+
+  static C centre_of(double mean) {
+    const C centre = static_cast<C>(mean);
+    return centre - centre == 0 ? centre : C{0};  // the sum of huge entries has overflowed
+  }
+
+  // From what has been spilled first: deviation, squares, low, high, active.
+  void conclude(Moments& here, C centre, Moments& m) {
+    const double n = static_cast<double>(here.count > 0 ? here.count : 1);
+    const double drift = lanes.sum(0), spread = lanes.sum(1), m2 = spread - drift * (drift / n);
+    here.mean = static_cast<double>(centre) + drift / n;
+    here.m2 = spread == HUGE_VAL ? spread : m2 < 0.0 ? 0.0 : m2;  // squares may overflow: inf, not inf - inf
+    if (here.count > 0) {
+      here.min = lanes.template extreme<Smaller>(2);
+      here.max = lanes.template extreme<Larger>(3);
+    }
+    here.active = lanes.sum(4);
+    merge(m, here);
+  }
+
+  double mean(const C* x, int count) {
+    V total{};
+    M counted{};
+    for (int k = 0; k < count; k += kLanes) {
+      const V entry = vec(x + k);
+      const M usable = vec(tile.valid + k) & finite(entry);
+      counted -= usable;
+      total += usable ? entry : V{};
+    }
+    lanes.spill(counted, total);
+    const int64_t n = lanes.count(0);
+    return n > 0 ? lanes.sum(1) / static_cast<double>(n) : 0.0;
+  }
+
+ protected:
+  const CombineParams& p;
+  const int stride;
+  const C floor;      // Noon: max(A, 0); otherwise -inf
+  const M propagate;  // all ones if non-finite entries take part
+  C scale[kMaxObjectives];
+  Tile<C> tile;
+  Lanes<C> lanes;
+  Normalizer<C> normalizer;
+};
+
+}  // namespace PAMA_ISA
+}  // namespace pama
