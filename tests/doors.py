@@ -10,7 +10,7 @@ from cases import Problem
 from compare import ROUNDINGS, assert_close, compute_dtype
 from torch import Tensor
 
-from pama_ext import _C, Combined, _combine, combine, reference
+from pama_ext import _C, Combined, Normalize, _combine, combine, reference
 
 
 def dispatcher(advantages: Any, *, in_place: bool = False, **keywords: Any) -> Combined:
@@ -55,11 +55,14 @@ def assert_matches(result: Combined, problem: Problem, *, in_place: bool = False
     shares, combined, expected_weights, value, stats = _pama(problem, torch.float64)
     base_shares, base_combined, base_weights, base_value, base_stats = _pama(problem, compute)
     # Rounding is relative to what was added up: the mean of |A|, the sum of the shares, the largest |a_i|.
-    size = reference.pama(problem.values.double().abs(), mask=problem.options.get("mask"))[4].mean
+    normalize = problem.options.get("normalize")
+    samples = None if normalize is None else Normalize(over=normalize.over)
+    size = reference.pama(problem.values.double().abs(), mask=problem.options.get("mask"), normalize=samples)[4].mean
     rewards = problem.options.get("reward_weights")
     fixed = problem.options.get("solver") == "fixed"
     factor = 1.0 if rewards is None or fixed else torch.as_tensor(rewards).double().abs()
-    sizes = {"mean": size, "active_mean": size * factor, "std": stats.std + ROUNDINGS * torch.finfo(compute).eps * size}
+    rounding = 1.0 if samples and samples.over == "row_sums" else ROUNDINGS * torch.finfo(compute).eps  # of the samples
+    sizes = {"mean": size, "active_mean": size * factor, "std": stats.std + rounding * size}
     for name, actual, want, base in zip(stats._fields, result.stats, stats, base_stats, strict=True):
         assert actual.dtype == compute, name
         assert_close(actual, want, base, magnitude=sizes.get(name), what=name)

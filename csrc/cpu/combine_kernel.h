@@ -306,7 +306,7 @@ class Kernel : Observer<C> {
       used_count -= used;
       if (p.per_token) {
         C* values = static_cast<C*>(p.packed) + (kStatistics + p.tokens()) * p.n;
-        for (int l = 0; l < smaller(kLanes, count - k); ++l) values[p.row_of(first + k + l)] = value[l];
+        for (int l = 0; l < smaller(kLanes, count - k); ++l) values[p.row_at(first + k + l)] = value[l];
       }
     }
     for (int i = 0; i < p.n; ++i) {
@@ -322,7 +322,7 @@ class Kernel : Observer<C> {
     C* weights = static_cast<C*>(p.packed) + kStatistics * p.n + i;
     const bool fixed = p.solver == Solver::kFixed;
     for (int l = 0; l < m; ++l)
-      weights[p.row_of(token + l) * p.n] = fixed || used[l] ? c[l] : static_cast<C>(1.0 / p.n);
+      weights[p.row_at(token + l) * p.n] = fixed || used[l] ? c[l] : static_cast<C>(1.0 / p.n);
   }
 
   const bool adjacent;
@@ -378,7 +378,7 @@ void pools(const CombineParams& p, int64_t first, int64_t last, Moments* moments
       // The solve of a row, or of a group by ids, stands at its rows; that of another group at its own index.
       const bool at_rows = p.level == Level::kSequence || p.normalize.groups == Groups::kIds;
       for (int64_t row = begin; row < (at_rows ? end : begin + 1); ++row) {
-        const int64_t at = at_rows ? p.row_of(row * p.row_tokens) : k;
+        const int64_t at = at_rows ? p.row_at(row) : k;
         for (int i = 0; i < p.n; ++i) weights_out[at * p.n + i] = static_cast<C>(weights[i]);
         values_out[at] = static_cast<C>(value);
       }

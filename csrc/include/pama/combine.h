@@ -111,10 +111,7 @@ struct CombineParams {
 
   PAMA_HD int64_t pools() const { return level == Level::kGroup ? groups : rows; }  // solved one by one
   PAMA_HD int64_t first_row(int64_t pool) const { return level == Level::kGroup ? starts[pool] : pool; }
-  PAMA_HD int64_t row_of(int64_t token) const {  // the row of the tensors in which it stands
-    const int64_t row = row_tokens == 1 ? token : token / row_tokens;
-    return order ? order[row] : row;
-  }
+  PAMA_HD int64_t row_at(int64_t k) const { return order ? order[k] : k; }  // of the tensors, the k-th in grouped order
 
   PAMA_HD double reward_weight(int i) const {
     if (!reward_weights) return reward_values[i];
