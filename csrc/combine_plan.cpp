@@ -80,8 +80,9 @@ const char* plan_groups(const TensorView* t, CombineParams& p) {
   NormalizeOptions& how = p.normalize;
   p.groups = 1;
   p.group_data = nullptr;
-  if (p.device.type == DeviceType::kCUDA && (p.normalizes() || p.level == Level::kGroup))
-    return "normalize: not implemented on CUDA yet";
+  if (p.device.type == DeviceType::kCUDA &&
+      (p.normalizes() || p.level == Level::kGroup || p.solver == Solver::kMinNorm))
+    return "normalize and min_norm are not implemented on CUDA yet";
   if (p.row_tokens == 1) how.row_sums = false;  // a row's sum is its one token
   if (how.groups == Groups::kSize) {
     if (p.batch % how.group_size) return "normalize: group_size does not divide the number of rows";
@@ -144,6 +145,24 @@ CombineOptions::CombineOptions(int64_t dim_, double clip_low, double clip_high, 
     throw std::invalid_argument("solver: expected 'closed_form', 'min_norm' or 'fixed', got '" + solver_ + "'");
   if (level == Level::kGroup && normalize.groups == Groups::kNone)
     throw std::invalid_argument("level: \"group\" needs a Normalize that describes groups");
+}
+
+const char* plan_min_norm(const TensorView& t, MinNormParams& p) {
+  if (!is_float(t.dtype)) return "gramian: expected float32, float64, float16 or bfloat16";
+  if (t.device.type == DeviceType::kOther) return "gramian: expected a CPU or CUDA tensor";
+  if (t.ndim < 2 || t.ndim > 3) return "gramian: expected [N, N] or [B, N, N]";
+  const int64_t n = t.sizes[t.ndim - 1];
+  if (t.sizes[t.ndim - 2] != n || n < 1 || n > kMaxObjectives) return "gramian: expected N x N, N from 1 to 64";
+  p.gramian = t.data;
+  p.dtype = t.dtype;
+  p.device = t.device;
+  p.n = static_cast<int>(n);
+  p.batch = t.ndim == 3 ? t.sizes[0] : 1;
+  p.strides[0] = t.ndim == 3 ? t.strides[0] : 0;
+  p.strides[1] = t.strides[t.ndim - 2];
+  p.strides[2] = t.strides[t.ndim - 1];
+  p.workspace = nullptr;
+  return nullptr;
 }
 
 const char* plan_combine(const CombineOptions& options, const CombineTensors& tensors, CombineParams& p) {
@@ -216,6 +235,8 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
   p.batch = sizes[0];
   p.row_tokens = ndim == 1 ? 1 : sizes[1];
   p.normalize = options.normalize;
+  p.solver = options.solver;
+  p.level = options.level;
   if (const char* problem = plan_groups(tensors.groups, p)) return problem;
 
   const int64_t rows = p.rows, cols = p.cols;

@@ -97,6 +97,14 @@ py::object new_output(const Inputs& in, int64_t dim, pama::CombineParams& p) {
   return out;
 }
 
+void* current_stream(const pama::Device& device) {
+  void* stream = nullptr;
+  if (device.type == pama::DeviceType::kCUDA &&
+      torch_.exchange->current_work_stream(kDLCUDA, device.index, &stream) != 0)
+    throw py::error_already_set();
+  return stream;
+}
+
 // As torch's own in-place operators do: autograd must see that a tensor changes.
 void mark_written(PyObject* const* tensors, int count) {
   const auto written = py::reinterpret_steal<py::object>(PyTuple_New(count));
@@ -200,10 +208,7 @@ py::object run(PyObject* const* arguments, bool in_place) {
   py::object result = py::reinterpret_borrow<py::object>(in_place ? advantages : out);
   if (!in_place && out.is_none()) result = new_output(in, options.dim, params);
   py::object combined = new_combined(result.ptr(), allocate_packed(params));
-  void* stream = nullptr;
-  if (params.device.type == pama::DeviceType::kCUDA &&
-      torch_.exchange->current_work_stream(kDLCUDA, params.device.index, &stream) != 0)
-    throw py::error_already_set();
+  void* const stream = current_stream(params.device);
   if (params.tokens() * params.n < 64 * 1024) {
     pama::run_combine(params, stream);
   } else {
@@ -216,11 +221,28 @@ py::object run(PyObject* const* arguments, bool in_place) {
   return combined;
 }
 
-template <bool kInPlace>
-PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != kArguments) return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", kArguments, count);
+py::object run_min_norm(PyObject* gramian) {
+  if (!torch_.exchange || modes_active() || is_true(ask(torch_.tracing))) return py::none();
+  DLTensor tensor;
+  pama::TensorView view_of;
+  pama::MinNormParams params;
+  if (!read(gramian, tensor, view_of) || pama::plan_min_norm(view_of, params)) return py::none();
+  const uint8_t bits = params.dtype == pama::DType::kFloat64 ? 64 : 32;
+  const int64_t bytes = (params.batch * params.n * bits / 8 + 15) / 16 * 16;
+  Block* block = allocate(bytes + pama::min_norm_workspace(params), {kDLFloat, bits, 1}, params.device);
+  params.weights = block->data();
+  params.workspace = static_cast<char*>(params.weights) + bytes;
+  py::object weights = view(block, 0, view_of.ndim - 1, params.batch, params.n);
+  block->release();
+  pama::run_min_norm(params, current_stream(params.device));
+  return weights;
+}
+
+// Runs f, with what it throws as Python's error.
+template <class F>
+PyObject* guarded(F f) {
   try {
-    return run(arguments, kInPlace).release().ptr();
+    return f().release().ptr();
   } catch (py::error_already_set& error) {
     error.restore();
   } catch (const std::exception& error) {
@@ -229,10 +251,21 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return nullptr;
 }
 
+template <bool kInPlace>
+PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != kArguments) return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", kArguments, count);
+  return guarded([&] { return run(arguments, kInPlace); });
+}
+
+PyObject* call_min_norm(PyObject*, PyObject* gramian) {
+  return guarded([&] { return run_min_norm(gramian); });
+}
+
 // Not through pybind11's own dispatch, whose argument conversion is a tenth of the whole call.
 PyMethodDef methods[] = {
     {"combine", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call<false>)), METH_FASTCALL, nullptr},
     {"combine_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call<true>)), METH_FASTCALL, nullptr},
+    {"min_norm", call_min_norm, METH_O, nullptr},
 };
 
 }  // namespace

@@ -26,6 +26,7 @@ STABLE_TORCH_LIBRARY(pama_ext, m) {
   m.def("combine(Tensor[] advantages, " PAMA_COMBINE_OPTIONS ") -> (Tensor combined, Tensor packed)");
   m.def("combine_out(Tensor[] advantages, " PAMA_COMBINE_OPTIONS ", Tensor(a!) out) -> Tensor packed");
   m.def("combine_(Tensor(a!)[] advantages, " PAMA_COMBINE_OPTIONS ") -> Tensor packed");
+  m.def("min_norm(Tensor gramian) -> Tensor");  // [B, N, N] -> [B, N]
 }
 
 namespace {
@@ -72,6 +73,14 @@ pama::TensorView view(const Tensor& t) {
   const int index = type == pama::DeviceType::kCUDA ? t.get_device_index() : 0;
   return {t.data_ptr(),     dtype_of(t.scalar_type()), {type, index}, static_cast<int>(t.dim()),
           t.sizes().data(), t.strides().data()};
+}
+
+void* current_stream(const pama::Device& device) {
+  void* stream = nullptr;
+  if (device.type == pama::DeviceType::kCUDA &&
+      (!aoti_torch_get_current_cuda_stream || aoti_torch_get_current_cuda_stream(device.index, &stream)))
+    throw std::runtime_error("pama_ext: torch did not tell the current CUDA stream");
+  return stream;
 }
 
 struct Result {
@@ -127,11 +136,7 @@ Result run(const Tensors& advantages, std::optional<int64_t> dim, const MaybeTen
     workspace = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, first.device());
     params.workspace = workspace.data_ptr();
   }
-  void* stream = nullptr;
-  if (params.device.type == pama::DeviceType::kCUDA &&
-      (!aoti_torch_get_current_cuda_stream || aoti_torch_get_current_cuda_stream(params.device.index, &stream)))
-    throw std::runtime_error("pama_ext: torch did not tell the current CUDA stream");
-  pama::run_combine(params, stream);
+  pama::run_combine(params, current_stream(params.device));
   return result;
 }
 
@@ -163,11 +168,29 @@ Tensor combine_(Tensors advantages, std::optional<int64_t> dim, MaybeTensor mask
       .packed;
 }
 
+Tensor min_norm(Tensor gramian) {
+  const pama::TensorView g = view(gramian);
+  pama::MinNormParams params;
+  if (const char* problem = pama::plan_min_norm(g, params)) throw std::invalid_argument(problem);
+  if (g.ndim != 3) throw std::invalid_argument("gramian: expected [B, N, N]");
+  const ScalarType compute = params.dtype == pama::DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
+  Tensor weights = torch::stable::empty({params.batch, params.n}, compute, std::nullopt, gramian.device());
+  params.weights = weights.data_ptr();
+  Tensor workspace;
+  if (const int64_t bytes = pama::min_norm_workspace(params)) {
+    workspace = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, gramian.device());
+    params.workspace = workspace.data_ptr();
+  }
+  pama::run_min_norm(params, current_stream(params.device));
+  return weights;
+}
+
 template <class Library>
 void register_kernels(Library& m) {
   m.impl("combine", TORCH_BOX(&combine));
   m.impl("combine_out", TORCH_BOX(&combine_out));
   m.impl("combine_", TORCH_BOX(&combine_));
+  m.impl("min_norm", TORCH_BOX(&min_norm));
 }
 
 }  // namespace

@@ -27,4 +27,20 @@ inline int64_t combine_workspace(const CombineParams& params) {
   return 0;
 }
 
+inline void run_min_norm(const MinNormParams& params, void* stream) {
+#ifdef PAMA_WITH_CUDA
+  if (params.device.type == DeviceType::kCUDA) return launch_min_norm_cuda(params, stream);
+#endif
+  (void)stream;
+  launch_min_norm_cpu(params, torch_parallel_for);
+}
+
+inline int64_t min_norm_workspace(const MinNormParams& params) {
+#ifdef PAMA_WITH_CUDA
+  if (params.device.type == DeviceType::kCUDA) return min_norm_cuda_workspace(params);
+#endif
+  (void)params;
+  return 0;
+}
+
 }  // namespace pama

@@ -38,8 +38,6 @@ def options(dim: Any, clip_low: Any, clip_high: Any, noon: Any, level: Any, solv
     one_of("nan", nan, ("ignore", "propagate"))
     if level == "group" and (normalize is None or normalize.split()[1] == "none"):
         raise ValueError('level: "group" needs a normalize with group_size, group_ids or group_offsets')
-    if solver == "min_norm":
-        raise NotImplementedError('solver="min_norm" is not implemented yet')
     if process_group is not None:
         raise NotImplementedError("process_group is not implemented yet")
 
@@ -81,6 +79,19 @@ def tensors(
     if in_place and any(t.requires_grad for t in advantages):
         raise ValueError("advantages: expected tensors that do not require grad, as they are written in place")
     return shape, n
+
+
+def gramian(matrix: Any) -> None:
+    """Check the argument of ``min_norm``."""
+    strided_tensor("gramian", matrix)
+    if matrix.dtype not in FLOATING:
+        raise TypeError(f"gramian: expected float32, float64, float16 or bfloat16, got {matrix.dtype}")
+    if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
+        raise ValueError(f"gramian: expected [..., N, N], got {_list(matrix.shape)}")
+    if not 1 <= matrix.shape[-1] <= MAX_OBJECTIVES:
+        raise ValueError(f"gramian: expected N from 1 to {MAX_OBJECTIVES}, got {matrix.shape[-1]}")
+    if matrix.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"gramian: expected a CPU or CUDA tensor, got {matrix.device}")
 
 
 def _objectives(advantages: Sequence[Any], dim: int | None, names: tuple[Any, ...] | None) -> tuple[Sequence[int], int]:
@@ -168,6 +179,7 @@ def _rewards(reward_weights: Any, first: Tensor, n: int) -> None:
 
 
 def strided_tensor(name: str, value: Any) -> None:
+    """Check that a value is an ordinary tensor."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {kind_of(value)}")
     if value.is_nested:
@@ -177,6 +189,7 @@ def strided_tensor(name: str, value: Any) -> None:
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Check that a value is one of some words."""
     if not isinstance(value, str):
         raise TypeError(f"{name}: expected a str, got {kind_of(value)}")
     if value not in allowed:
@@ -184,6 +197,7 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 
 def kind_of(value: Any) -> str:
+    """How a message calls a value of the wrong type."""
     return f"a {type(value).__name__}"
 
 

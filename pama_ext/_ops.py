@@ -20,7 +20,7 @@ except ImportError as error:
 STATISTICS = 10  # fields of ObjectiveStats, rows of the packed statistics
 
 _library = torch.library.Library("pama_ext", "FRAGMENT")
-OPERATORS = ("combine", "combine_out", "combine_")
+OPERATORS = ("combine", "combine_out", "combine_", "min_norm")
 
 
 def _packed(advantages: list[Tensor], dim: int | None, arguments: tuple[Any, ...]) -> Tensor:
@@ -49,6 +49,12 @@ def _(advantages: list[Tensor], dim: int | None, *arguments: Any) -> tuple[Tenso
 @torch.library.register_fake("pama_ext::combine_", lib=_library)
 def _(advantages: list[Tensor], dim: int | None, *arguments: Any) -> Tensor:
     return _packed(advantages, dim, arguments)
+
+
+@torch.library.register_fake("pama_ext::min_norm", lib=_library)
+def _(gramian: Tensor) -> Tensor:
+    wide = gramian.dtype == torch.float64
+    return gramian.new_empty(gramian.shape[:-1], dtype=torch.float64 if wide else torch.float32)
 
 
 # Advantages are constants of the policy gradient: no output requires grad, whatever the inputs do.

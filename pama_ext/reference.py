@@ -109,7 +109,7 @@ def pama(
     def pooled(x: Tensor) -> Tensor:
         if level == "group":
             rows = _sum(x, tokens[1:])
-            return rows.new_zeros(groups, n).index_add(0, group, rows)
+            return rows.new_zeros(groups, *rows.shape[1:]).index_add(0, group, rows)
         return _sum(x, {"batch": tokens, "sequence": tokens[1:], "token": ()}[level])
 
     scalars = pooled(gated) / pooled(counted).clamp(min=1)
@@ -122,7 +122,14 @@ def pama(
         kept = has_data & (pooled(gated != 0) > 0) if skip_inactive else has_data
         kept = torch.where(kept.any(-1, keepdim=True), kept, has_data)  # nobody active: all that have data
         kept = kept | ~kept.any(-1, keepdim=True)  # nobody has data: everybody, hence uniform
-        weights, value = closed_form(scalars, kept)
+        if solver == "closed_form" or level == "token":  # of one token alone, the vector problem is the scalar one
+            weights, value = closed_form(scalars, kept)
+            value = value if solver == "closed_form" else value.abs()
+        else:
+            products = pooled(gated.unsqueeze(-1) * gated.unsqueeze(-2))
+            gramian = products / pooled(taken.any(-1, keepdim=True)).clamp(min=1).unsqueeze(-1)
+            weights = _min_norm_kept(gramian, kept)
+            value = (weights.unsqueeze(-1) * weights.unsqueeze(-2) * gramian).sum((-1, -2)).clamp(min=0).sqrt()
 
     # The combination: sum over i of c_i A_i. Weight 0 and entries not taken add exactly 0, whatever stands there.
     of_row = weights[group] if level == "group" else weights
@@ -231,6 +238,65 @@ def closed_form(scalars: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     undefined = torch.isnan(low) | torch.isnan(high)
     value = torch.minimum(torch.maximum(torch.zeros_like(low), low), high)
     return torch.where(undefined, math.nan, weights), torch.where(undefined, math.nan, value).squeeze(-1)
+
+
+def min_norm(gramian: Tensor) -> Tensor:
+    """Min-norm point of the simplex; see :func:`pama_ext.min_norm`.
+
+    Wolfe's method: minimise over the affine hull of a support, step back to the simplex where that leaves it, and let
+    in the vector that points down most, until none does.
+    """
+    matrices = gramian.detach().double().reshape(-1, *gramian.shape[-2:])
+    weights = [_min_norm_point((g + g.T) / 2) for g in matrices]
+    dtype = torch.promote_types(gramian.dtype, torch.float32)
+    shape = gramian.shape[:-1]
+    return torch.stack(weights).reshape(shape).to(dtype) if weights else gramian.new_zeros(shape, dtype=dtype)
+
+
+def _min_norm_kept(gramian: Tensor, kept: Tensor) -> Tensor:
+    weights = torch.zeros_like(kept, dtype=gramian.dtype)
+    for problem in torch.ones(kept.shape[:-1]).nonzero().tolist() or ([[]] if kept.dim() == 1 else []):
+        at = tuple(problem)
+        some = kept[at].nonzero().squeeze(-1)
+        point = min_norm(gramian[at][some][:, some])
+        if point.isnan().any():
+            weights[at] = math.nan
+        else:
+            weights[at][some] = point
+    return weights
+
+
+def _min_norm_point(gram: Tensor) -> Tensor:
+    lengths = gram.diagonal().clamp(min=0).sqrt()
+    if not torch.isfinite(gram).all():
+        return torch.full_like(lengths, math.nan)
+    if (lengths == 0).any():
+        return (lengths == 0) / (lengths == 0).sum().double()
+    # u = c * lengths, in units of the shortest: a unit diagonal, raised by 2^-42 so that the minimum is unique.
+    scaled = gram / lengths / lengths.unsqueeze(1)
+    scaled.diagonal().fill_(1 + 2.0**-42)
+    b = lengths.min() / lengths
+    u = torch.zeros_like(b)
+    u[lengths.argmin()] = 1.0
+    for _ in range(20 * len(b)):
+        slope = scaled @ u - (u @ scaled @ u) * b
+        slope[u > 0] = 0.0
+        if slope.min() >= -4e-16 * len(b) * (u.sum() + b.max() * (u @ scaled @ u)):
+            break
+        support = [*(u > 0).nonzero().squeeze(-1).tolist(), int(slope.argmin())]
+        while True:
+            point = torch.zeros_like(u)
+            point[support] = torch.linalg.solve(scaled[support][:, support], b[support])
+            point = point / (b @ point)
+            if (point[support] > 0).all():
+                break
+            steps = {j: float(u[j] / (u[j] - point[j])) for j in support if point[j] <= 0}
+            step = min(steps.values())
+            u = u + step * (point - u)
+            support = [j for j in support if j not in steps or steps[j] > step]
+            u[[j for j in range(len(u)) if j not in support]] = 0.0
+        u = point
+    return u * b / (u @ b)
 
 
 def statistics(

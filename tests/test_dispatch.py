@@ -9,7 +9,7 @@ from compare import assert_same_bits, assert_same_result
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pama_ext import combine, combine_
+from pama_ext import Normalize, combine, combine_
 
 NAMES = ("dim", "mask", "log_ratio", "clip_low", "clip_high", "noon", "level", "solver", "normalize", "groups",
          "reward_weights", "reward_values", "nan", "skip_inactive")  # fmt: skip
@@ -34,7 +34,10 @@ def samples(op: str, device: torch.device) -> list[tuple]:
         arguments([x.movedim(-1, 0).clone()], dim=0, level="sequence", reward_values=[1.0, 2.0, 0.5]),
         arguments(columns, dim=None, level="token", solver="fixed", mask=mask),
         arguments([x.bfloat16()], nan="propagate", skip_inactive=True),
+        arguments([x.clone()], normalize=Normalize(group_size=2)._spec, level="group", solver="min_norm"),
     ]
+    if op == "min_norm":
+        return [(torch.eye(3, device=device).repeat(4, 1, 1),), (torch.ones(0, 2, 2, device=device).double(),)]
     if op == "combine_out":
         return [(*call, torch.empty(4, 6, dtype=call[0][0].dtype, device=device)) for call in calls]
     return {"combine": calls, "combine_": calls}[op]
@@ -57,7 +60,7 @@ def test_opcheck(op, device):
 
 
 def test_there_are_operators():
-    assert operators() == ["combine", "combine_", "combine_out"]
+    assert operators() == ["combine", "combine_", "combine_out", "min_norm"]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -235,9 +235,9 @@ bool use_cpu_instructions(const char* name) {
 }
 
 double solve_pool(const CombineParams& p, const Moments* moments, const double* gram, double* weights) {
-  if (p.solver != Solver::kMinNorm) return solve(p, moments, weights);
-  (void)gram;
-  throw std::runtime_error("min_norm is not built in");
+  if (p.solver != Solver::kMinNorm) return solve(p, moments, nullptr, nullptr, weights);
+  const std::unique_ptr<double[]> scratch(new double[min_norm_scratch(p.n)]);
+  return solve(p, moments, gram, scratch.get(), weights);
 }
 
 void launch_combine_cpu(CombineParams& params, ParallelFor parallel_for) {

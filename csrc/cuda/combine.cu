@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) combine_kernel(const _
   if (p.level == Level::kBatch) {
     scan<S>(p, shared, first, last);
     meet<true>(p, shared);
-    if (threadIdx.x == 0) shared.value = solve(p, shared.pool, shared.weights);
+    if (threadIdx.x == 0) shared.value = solve(p, shared.pool, nullptr, nullptr, shared.weights);
     __syncthreads();
     weigh<S>(p, shared, first, last);
     if (blockIdx.x == 0) write_solution<C>(p, 0, shared);
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) combine_kernel(const _
     if (threadIdx.x < p.n) shared.total[threadIdx.x] = Moments::empty();
     for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
       scan<S>(p, shared, row * p.cols, (row + 1) * p.cols);
-      if (threadIdx.x == 0) shared.value = solve(p, shared.pool, shared.weights);
+      if (threadIdx.x == 0) shared.value = solve(p, shared.pool, nullptr, nullptr, shared.weights);
       if (threadIdx.x < p.n) merge(shared.total[threadIdx.x], shared.pool[threadIdx.x]);
       __syncthreads();
       weigh<S>(p, shared, row * p.cols, (row + 1) * p.cols);

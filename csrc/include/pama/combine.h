@@ -135,6 +135,21 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
 using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*),
                             void* context);
 
+// A batch of Gram matrices, read through strides (batch, row, column) from one of the floating types.
+struct MinNormParams {
+  const void* gramian;
+  DType dtype;
+  Device device;
+  int64_t batch, strides[3];
+  int n;
+  void* weights;    // [batch, n], float64 for float64 and float32 otherwise
+  void* workspace;  // CUDA only
+};
+
+// Fills `params` (all but weights and workspace) from [N, N] or [B, N, N]. Returns null, or what does not fit.
+const char* plan_min_norm(const TensorView& gramian, MinNormParams& params);
+
+void launch_min_norm_cpu(const MinNormParams& params, ParallelFor parallel_for);
 void launch_combine_cpu(CombineParams& params, ParallelFor parallel_for);
 const char* cpu_instructions();               // what launch_combine_cpu runs: "avx512", "avx2" or "generic"
 bool use_cpu_instructions(const char* name);  // for tests: run another one; false if this machine cannot
@@ -142,6 +157,8 @@ bool use_cpu_instructions(const char* name);  // for tests: run another one; fal
 #ifdef PAMA_WITH_CUDA
 int64_t combine_cuda_workspace(const CombineParams& params);  // bytes
 void launch_combine_cuda(const CombineParams& params, void* stream);
+int64_t min_norm_cuda_workspace(const MinNormParams& params);  // bytes
+void launch_min_norm_cuda(const MinNormParams& params, void* stream);
 int cuda_toolkit();  // the version built with, 13000 for 13.0
 #endif
 

@@ -5,4 +5,6 @@
 #define PAMA_HD __host__ __device__ __forceinline__
 #else
 #define PAMA_HD inline __attribute__((always_inline))
+#define __host__
+#define __device__
 #endif

@@ -6,6 +6,7 @@
 
 #include "pama/combine.h"
 #include "pama/hd.h"
+#include "pama/min_norm.h"
 #include "pama/moments.h"
 
 namespace pama {
@@ -60,8 +61,9 @@ PAMA_HD double solve_closed_form(double* a, uint64_t kept, int n) {
   return undefined ? NAN : project(low, high);
 }
 
-// Weights of one pool of tokens (the batch, or one row) from its moments; returns s*.
-PAMA_HD double solve(const CombineParams& p, const Moments* m, double* weights) {
+// Weights of one pool of tokens (the batch, a row, a group) from its moments, and for min-norm from `gram`, the sums of
+// I(A_i) I(A_j) and at [n * n] the number of tokens with data; returns s*, for min-norm the norm, a root mean square.
+PAMA_HD double solve(const CombineParams& p, const Moments* m, const double* gram, double* scratch, double* weights) {
   if (p.solver == Solver::kFixed) {
     double value = 0.0;
     for (int i = 0; i < p.n; ++i) {
@@ -76,7 +78,10 @@ PAMA_HD double solve(const CombineParams& p, const Moments* m, double* weights) 
     has_data |= uint64_t{m[i].taken(p.propagate) > 0} << i;
     active |= uint64_t{m[i].nonzero > m[i].clipped} << i;
   }
-  return solve_closed_form(weights, participants(has_data, active, p.skip_inactive, p.n), p.n);
+  const uint64_t kept = participants(has_data, active, p.skip_inactive, p.n);
+  if (p.solver != Solver::kMinNorm) return solve_closed_form(weights, kept, p.n);
+  const double tokens = gram[p.n * p.n];
+  return MinNorm(gram, p.n, scratch).solve(kept, weights) / sqrt(tokens > 0.0 ? tokens : 1.0);
 }
 
 }  // namespace pama
