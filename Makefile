@@ -28,6 +28,7 @@ $(READY): requirements-dev.txt
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
 	$(BIN)/python -m pip install $$(grep '^torch==' requirements-dev.txt)
 	$(BIN)/python -m pip install -r requirements-dev.txt
+	$(BIN)/python -m pip install --no-deps verl==0.9.1
 	touch $@
 
 $(BUILT): $(READY) $(SOURCES)
