@@ -80,9 +80,6 @@ const char* plan_groups(const TensorView* t, CombineParams& p) {
   NormalizeOptions& how = p.normalize;
   p.groups = 1;
   p.group_data = nullptr;
-  if (p.device.type == DeviceType::kCUDA &&
-      (p.normalizes() || p.level == Level::kGroup || p.solver == Solver::kMinNorm))
-    return "normalize and min_norm are not implemented on CUDA yet";
   if (p.row_tokens == 1) how.row_sums = false;  // a row's sum is its one token
   if (how.groups == Groups::kSize) {
     if (p.batch % how.group_size) return "normalize: group_size does not divide the number of rows";
@@ -276,7 +273,8 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
   p.in_place = tensors.in_place;
   p.solver = options.solver;
   p.level = options.level;
-  p.order = p.starts = nullptr;
+  p.order = p.starts = p.ends = nullptr;
+  p.dead = nullptr;
   p.equal_rows = 0;
   p.sums = p.affine = nullptr;
   p.absent_zero = p.measures = false;

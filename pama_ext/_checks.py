@@ -134,8 +134,6 @@ def _objectives(advantages: Sequence[Any], dim: int | None, names: tuple[Any, ..
 
 def groups(normalize: Normalize, rows: int, first: Tensor, in_place: bool) -> None:
     """Check that the groups of ``normalize`` fit ``rows`` rows on the device of ``first``."""
-    if first.device.type == "cuda":
-        raise NotImplementedError("normalize: not implemented on CUDA yet")
     if in_place and normalize.combined != "none":
         raise ValueError("normalize: combined has no in-place form; use combine, with out= to save memory")
     size, ids, offsets = normalize.group_size, normalize.group_ids, normalize.group_offsets

@@ -84,7 +84,7 @@ def combine(
     Raises:
         ValueError: a shape, device, range or option does not fit; the message names the argument.
         TypeError: an argument is of the wrong type or dtype.
-        NotImplementedError: ``process_group``; on CUDA ``normalize`` and ``solver="min_norm"``.
+        NotImplementedError: ``process_group``.
 
     Errors are raised before any work. Values on a GPU are never inspected: no call here synchronises.
     """

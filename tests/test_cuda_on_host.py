@@ -17,7 +17,7 @@ import pytest
 import torch
 from compare import assert_close, assert_same_bits
 
-from pama_ext import reference
+from pama_ext import Normalize, reference
 
 ROOT = Path(__file__).parents[1]
 CXX = os.environ.get("CXX", "c++")
@@ -28,27 +28,28 @@ ORDERS = (0, 1, 7)  # of the threads of a block: ascending, descending, shuffled
 pytestmark = pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler: {CXX}")
 
 
-def build(folder: Path, kernel: Path) -> Callable[..., int]:
+def build(folder: Path, cuda: Path) -> Callable[..., int]:
+    """The kernels of the folder ``cuda`` as a library of the host."""
     library = folder / "combine_on_host.so"
-    command = [CXX, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread", f'-DCOMBINE_CU="{kernel}"']
-    command += ["-DPAMA_WITH_CUDA", f"-I{ROOT}/tests/cuda_on_host", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cuda"]
-    command += [
-        str(ROOT / "tests/cuda_on_host/combine_on_host.cpp"),
-        *(str(ROOT / f"csrc/{name}.cpp") for name in ("combine_plan", "normalize")),
-    ]
+    command = [CXX, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread", "-DPAMA_WITH_CUDA"]
+    command += [f'-DCOMBINE_CU="{cuda}/combine.cu"', f'-DNORMALIZE_CU="{cuda}/normalize.cu"']
+    command += [f"-I{ROOT}/tests/cuda_on_host", f"-I{ROOT}/csrc/include", f"-I{cuda}"]
+    command += [str(ROOT / "tests/cuda_on_host/combine_on_host.cpp")]
+    command += [str(ROOT / f"csrc/{name}.cpp") for name in ("combine_plan", "normalize")]
     subprocess.run([*command, "-o", str(library)], check=True)
     return ctypes.CDLL(str(library)).combine_on_host
 
 
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
-    return build(tmp_path_factory.mktemp("host"), ROOT / "csrc/cuda/combine.cu")
+    return build(tmp_path_factory.mktemp("host"), ROOT / "csrc/cuda")
 
 
 def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_form", noon=True, nan="ignore",
-        skip_inactive=False, reward_weights=None, in_place=False):  # fmt: skip
+        skip_inactive=False, reward_weights=None, in_place=False, normalize=None):  # fmt: skip
     """The advantages (in place: the shares) and the packed results, and the number of blocks that made them."""
-    n, rows = advantages.shape[-1], advantages.shape[0] if level == "sequence" else 1
+    n, rows = advantages.shape[-1], solves(advantages.shape[0], level, normalize)
+    groups = None if normalize is None or normalize._groups is None else normalize._groups.long().contiguous()
     compute = torch.float64 if advantages.dtype == torch.float64 else torch.float32
     advantages = advantages.clone()
     out = None if in_place else torch.full(advantages.shape[:-1], float("nan"), dtype=advantages.dtype)
@@ -58,11 +59,21 @@ def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_for
     pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (mask, log_ratio, out, packed)]
     blocks = kernel(
         ctypes.c_void_p(advantages.data_ptr()), DTYPES.index(advantages.dtype), (ctypes.c_int64 * 3)(*advantages.shape),
-        *pointers, rewards, LEVELS.index(level), solver == "fixed", noon, nan == "propagate", skip_inactive, order,
+        *pointers, rewards, level.encode(), solver.encode(), (normalize._spec if normalize else "").encode(),
+        None if groups is None else ctypes.c_void_p(groups.data_ptr()),
+        ctypes.c_int64(0 if groups is None else len(groups)), noon, nan == "propagate", skip_inactive, order,
         ctypes.byref(problem),
     )  # fmt: skip
     assert blocks > 0, problem.value
     return (advantages if in_place else out), packed, blocks
+
+
+def solves(rows: int, level: str, normalize: Normalize | None) -> int:
+    if level != "group" or normalize is None:
+        return rows if level == "sequence" else 1
+    if normalize.group_size is not None:
+        return rows // normalize.group_size
+    return rows if normalize.group_offsets is None else len(normalize.group_offsets) - 1
 
 
 def problem(shape, dtype=torch.float32):
@@ -145,11 +156,81 @@ def test_awkward_shapes(kernel, level, shape):
 
 def test_a_missing_barrier_is_noticed(tmp_path):
     """The negative control: without the barrier between the steps of the tree, the order of threads shows."""
-    source = (ROOT / "csrc/cuda/combine.cu").read_text()
+    broken = shutil.copytree(ROOT / "csrc/cuda", tmp_path / "cuda")
+    source = (broken / "entry.cuh").read_text()
     with_barrier = "width /= 2) {\n    __syncthreads();\n"
     assert source.count(with_barrier) == 1
-    broken = tmp_path / "combine.cu"
-    broken.write_text(source.replace(with_barrier, "width /= 2) {\n"))
+    (broken / "entry.cuh").write_text(source.replace(with_barrier, "width /= 2) {\n"))
     kernel = build(tmp_path, broken)
     results = [run(kernel, *problem((4, 90, 3)), order, level="batch")[1] for order in ORDERS]
     assert any(not torch.equal(results[0], other) for other in results[1:])
+
+
+def grouped(kind: str, rows: int) -> dict:
+    ids = torch.arange(rows) // 3
+    return {
+        "size": {"group_size": 3},
+        "ids": {"group_ids": ids[torch.randperm(rows, generator=torch.Generator().manual_seed(2))] * 1000003 - 7},
+        "offsets": {"group_offsets": torch.tensor([0, 1, 1, 4, rows])},
+    }[kind]
+
+
+@pytest.mark.parametrize("level", ["batch", "sequence", "group", "token"])
+@pytest.mark.parametrize("kind", ["size", "ids", "offsets"])
+@pytest.mark.parametrize("over", ["tokens", "row_sums"])
+@pytest.mark.parametrize("pools", ["group", "batch", "group, then batch", "group, then group"])
+def test_normalisation_computes_the_reference(kernel, pools, over, kind, level):
+    advantages, mask, log_ratio = problem((9, 307, 3) if kind == "ids" else (9, 40, 3))  # several blocks, or one
+    by, _, combined = pools.partition(", then ")
+    normalize = Normalize(by=by, combined=combined or "none", over=over, singleton="raw", **grouped(kind, 9))
+    options = {"level": level, "normalize": normalize}
+    first = None
+    for order in ORDERS[1:]:
+        out, packed, _ = run(kernel, advantages, mask, log_ratio, order, **options)
+        first = first or (out, packed)
+        assert_same_bits(out, first[0])
+        assert_same_bits(packed, first[1])
+    expected, exact = packed_reference(advantages.double(), mask, log_ratio, **options)
+    scale = 100 if over == "row_sums" else 1  # sums of many tokens: their rounding counts
+    torch.testing.assert_close(first[0].double(), expected, rtol=1e-4 * scale, atol=1e-4 * scale)
+    torch.testing.assert_close(first[1].double(), exact, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("nan", ["ignore", "propagate"])
+def test_normalisation_in_every_dtype(kernel, nan, dtype):
+    advantages, mask, log_ratio = problem((40, 30, 2), dtype)
+    options = {"normalize": Normalize(by="group", group_size=8, combined="none" if nan == "propagate" else "batch"),
+               "nan": nan}  # fmt: skip
+    out, packed, _ = run(kernel, advantages, mask, log_ratio, 7, **options, level="batch")
+    expected, exact = packed_reference(advantages.double(), mask, log_ratio, **options)
+    digits = max(1e-4, 16 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(out.double(), expected, rtol=digits, atol=digits, equal_nan=True)
+    torch.testing.assert_close(packed.double(), exact, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def test_normalised_in_place(kernel):
+    advantages, mask, log_ratio = problem((9, 307, 4))
+    options = {"level": "group", "normalize": Normalize(by="group", group_size=3)}
+    shares, _, _ = run(kernel, advantages, mask, log_ratio, 0, in_place=True, **options)
+    exact = advantages.double()
+    reference.combine_(exact, mask=mask, log_ratio=log_ratio, **options)
+    torch.testing.assert_close(shares.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", [*LEVELS, "group"])
+@pytest.mark.parametrize("shape", [(9, 307, 4), (4, 33, 20), (12, 5, 64)], ids=str)
+@pytest.mark.parametrize("skip_inactive", [False, True])
+def test_min_norm_computes_the_reference(kernel, skip_inactive, shape, level):
+    advantages, mask, log_ratio = problem(shape, torch.float64)
+    options = {"level": level, "solver": "min_norm", "skip_inactive": skip_inactive,
+               "normalize": Normalize(group_size=shape[0] // 2 if shape[0] % 2 == 0 else 3)}  # fmt: skip
+    first = None
+    for order in ORDERS[1:]:
+        out, packed, _ = run(kernel, advantages, mask, log_ratio, order, **options)
+        first = first or (out, packed)
+        assert_same_bits(packed, first[1])
+    expected, exact = packed_reference(advantages, mask, log_ratio, **options)
+    if shape[1] > shape[2]:  # otherwise the minimum is not unique
+        torch.testing.assert_close(first[0], expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(first[1], exact, rtol=1e-6, atol=1e-6)

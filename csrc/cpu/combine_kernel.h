@@ -112,7 +112,7 @@ class Kernel : Observer<C> {
     tiles(first, last, [&](int64_t t, int count) {
       load_valid(p, t, count, tile);
       fill(tile.out, 0, count + kLanes - 1, C{0});
-      const bool mark = marks();
+      const bool mark = p.marks();
       if (mark) fill(tile.taken, 0, count + kLanes - 1, 0);
       for (int i = 0; i < p.n; ++i) {
         const C weight = static_cast<C>(weights[i]);
@@ -211,9 +211,6 @@ class Kernel : Observer<C> {
     for (int k = 0; k < count; ++k) tile.valid[k] = tile.x[k] == 0 && __builtin_signbit(tile.x[k]) ? 0 : -1;
   }
 
-  // Whether tokens without data must be told apart from those whose combination is 0: they are left as -0.
-  bool marks() const { return p.normalize.combined != Pool::kNone; }
-
   // S rounds what lies within +-tiny to 0, which must not become -0 where there is data.
   template <class S>
   static V marked(V x, M taken) {
@@ -301,7 +298,7 @@ class Kernel : Observer<C> {
       if (p.solver == Solver::kMinNorm) value = value < V{} ? -value : value;  // of one token: the closed form
       if (p.solver != Solver::kFixed) value = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : value;
       value = used ? value : V{};
-      vec(tile.out + k) = marks() ? marked<S>(combined, used) : combined;
+      vec(tile.out + k) = p.marks() ? marked<S>(combined, used) : combined;
       value_sum += value;
       used_count -= used;
       if (p.per_token) {

@@ -1,4 +1,5 @@
-// launch_combine_cuda: one launch per call, at every level and size.
+// launch_combine_cuda: one launch per call, at every level and size; what Normalize asks for comes in launches of its
+// own before and after it (cuda/normalize.cu).
 //
 // Tokens are dealt to blocks in equal runs (level "sequence": rows, round robin), and within a block to threads one
 // after the other. Statistics go thread -> block (a tree in shared memory) -> grid (through the workspace and one grid
@@ -10,113 +11,40 @@
 #include <atomic>
 
 #include "check.h"
-#include "pama/indicator.h"
-#include "pama/moments.h"
+#include "entry.cuh"
+#include "normalize.h"
 #include "pama/solve.h"
 
 namespace pama {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
 static_assert(kThreads >= kMaxObjectives + 2, "one thread per objective, and two for the sums at level token");
 constexpr int kTokensPerThread = 4;             // before another block is worth its share of the barrier
 constexpr int64_t kSingleBlockElements = 8192;  // up to here one block alone is faster
 constexpr int kBlocksPerSM = 2;
 
+constexpr int kGramTokens = 32;  // at a time
+
+__host__ __device__ constexpr int64_t gram_size(int n) { return static_cast<int64_t>(n) * n + 1; }
+
 // Per block in the workspace: the moments of each objective, then at level "token" the sums of c_i, of s* and of
-// tokens.
-__host__ __device__ constexpr int64_t block_bytes(int n) {
-  return n * static_cast<int64_t>(sizeof(Moments)) + (n + 2) * static_cast<int64_t>(sizeof(double));
+// tokens; for min-norm the Gram matrix of the block, that of all, and the solver's scratch.
+__host__ __device__ constexpr int64_t block_bytes(int n, bool min_norm) {
+  const int64_t doubles = n + 2 + (min_norm ? 2 * gram_size(n) + min_norm_scratch(n) : 0);
+  return n * static_cast<int64_t>(sizeof(Moments)) + doubles * static_cast<int64_t>(sizeof(double));
 }
 
 struct Shared {
-  Moments tree[kThreads];
+  union {
+    Moments tree[kThreads];
+    double gated[kMaxObjectives][kGramTokens];
+  };
   Moments pool[kMaxObjectives];   // of the batch, or of the row at hand
   Moments total[kMaxObjectives];  // of all rows of this block
   double weights[kMaxObjectives];
   double value;
   double warp_sums[kWarps][kMaxObjectives + 2];
 };
-
-struct Token {
-  int64_t row, col;
-  bool valid, not_above, not_below;
-};
-
-template <class T>
-__device__ T element(const Plane& q, const Token& t) {
-  return reinterpret_cast<const T*>(q.data)[t.row * q.row + t.col * q.col];
-}
-
-// The mask as it is: an entry is valid if any bit is set, the sign of a floating zero apart.
-__device__ bool is_valid(const CombineParams& p, const Token& t) {
-  if (!p.mask.data) return true;
-  const bool sign = is_float(p.mask_dtype);
-  switch (size_of(p.mask_dtype)) {
-    case 1: return element<uint8_t>(p.mask, t) != 0;
-    case 2: return (element<uint16_t>(p.mask, t) & (sign ? 0x7fff : 0xffff)) != 0;
-    case 4: return (element<uint32_t>(p.mask, t) & (sign ? 0x7fffffffu : 0xffffffffu)) != 0;
-    default: return (element<uint64_t>(p.mask, t) & (sign ? ~(uint64_t{1} << 63) : ~uint64_t{0})) != 0;
-  }
-}
-
-__device__ double log_ratio_at(const CombineParams& p, const Token& t) {
-  switch (p.log_ratio_dtype) {
-    case DType::kFloat32: return element<float>(p.log_ratio, t);
-    case DType::kFloat64: return element<double>(p.log_ratio, t);
-    case DType::kFloat16: return to_float(element<Half>(p.log_ratio, t));
-    default: return to_float(element<BFloat16>(p.log_ratio, t));
-  }
-}
-
-__device__ Token token_at(const CombineParams& p, int64_t index) {
-  Token t;
-  t.row = p.rows == 1 ? 0 : index / p.cols;
-  t.col = index - t.row * p.cols;
-  t.valid = is_valid(p, t);
-  t.not_above = t.not_below = true;
-  if (t.valid && p.log_ratio.data) {
-    const double log_u = log_ratio_at(p, t);
-    t.not_above = log_u <= p.log_high;
-    t.not_below = log_u >= p.log_low;
-  }
-  return t;
-}
-
-template <class C>
-struct Entry {
-  C raw, noon, advantage, gated;  // A', A before and after reward_weights, I(A); 0 where not taken
-  bool finite, taken;
-};
-
-// Objective i at a token; memory behind the mask is not even read.
-template <class S, class C>
-__device__ Entry<C> entry_at(const CombineParams& p, int i, const Token& t, C scale) {
-  Entry<C> e{};
-  if (!t.valid) return e;
-  const C raw = Storage<S>::load(element<S>(p.advantages[i], t));
-  e.finite = raw - raw == C{0};
-  e.taken = e.finite || p.propagate;
-  if (!e.taken) return e;
-  e.raw = raw;
-  e.noon = noon(raw, p.noon ? C{0} : -static_cast<C>(HUGE_VAL));
-  e.advantage = e.noon * scale;
-  e.gated = gate(e.advantage, t.not_above, t.not_below);
-  return e;
-}
-
-// Sum of `mine` over the block, in shared.tree[0]; a fixed tree. All threads must call it.
-__device__ const Moments& merge_block(Shared& shared, const Moments& mine) {
-  __syncthreads();  // the tree may still be read from the last time
-  shared.tree[threadIdx.x] = mine;
-  for (int width = kThreads / 2; width > 0; width /= 2) {
-    __syncthreads();
-    if (threadIdx.x < width) merge(shared.tree[threadIdx.x], shared.tree[threadIdx.x + width]);
-  }
-  __syncthreads();
-  return shared.tree[0];
-}
 
 // Moments of the tokens [first, last) of every objective, by the whole block, in shared.pool.
 template <class S>
@@ -129,20 +57,75 @@ __device__ void scan(const CombineParams& p, Shared& shared, int64_t first, int6
       const Token t = token_at(p, k);
       const Entry<C> e = entry_at<S>(p, i, t, scale);
       if (e.finite) add(mine, static_cast<double>(e.raw));
+      mine.positive += e.positive;
       mine.nonfinite += t.valid && !e.finite;
       mine.active += static_cast<double>(e.gated);
       mine.nonzero += e.noon != C{0};
       mine.clipped += e.noon != C{0} && e.gated == C{0};
     }
-    const Moments& block = merge_block(shared, mine);
+    const Moments& block = merge_block(shared.tree, mine);
     if (threadIdx.x == 0) shared.pool[i] = block;
   }
   __syncthreads();
 }
 
-template <class S, class C>
-__device__ void store(const CombineParams& p, const Plane& q, const Token& t, C value) {
-  reinterpret_cast<S*>(q.data)[t.row * q.row + t.col * q.col] = Storage<S>::store(value);
+__device__ Moments* block_moments(const CombineParams& p, int block) {
+  return reinterpret_cast<Moments*>(static_cast<char*>(p.workspace) +
+                                    block * block_bytes(p.n, p.solver == Solver::kMinNorm));
+}
+__device__ double* block_sums(const CombineParams& p, int block) {
+  return reinterpret_cast<double*>(block_moments(p, block) + p.n);
+}
+__device__ double* block_gram(const CombineParams& p, int block) { return block_sums(p, block) + p.n + 2; }
+
+// Sums of I(A_i) I(A_j) over the tokens [first, last), in the upper triangle of block_gram, and behind it the number of
+// tokens with data. A pair of objectives to a thread.
+template <class S>
+__device__ void add_grams(const CombineParams& p, Shared& shared, int64_t first, int64_t last) {
+  using C = typename Storage<S>::Compute;
+  double* gram = block_gram(p, blockIdx.x);
+  const int pairs = p.n * p.n;
+  for (int e = threadIdx.x; e <= pairs; e += kThreads) gram[e] = 0.0;
+  for (int64_t begin = first; begin < last; begin += kGramTokens) {
+    __syncthreads();  // the tokens before are still being read
+    for (int e = threadIdx.x; e < p.n * kGramTokens; e += kThreads) {
+      const int i = e / kGramTokens, k = e % kGramTokens;
+      shared.gated[i][k] = 0.0;
+      if (begin + k >= last) continue;
+      const Entry<C> entry = entry_at<S>(p, i, token_at(p, begin + k), static_cast<C>(p.scale(i)));
+      shared.gated[i][k] = static_cast<double>(entry.gated);
+    }
+    double used = 0.0;
+    if (threadIdx.x < kGramTokens && begin + threadIdx.x < last) {
+      const Token t = token_at(p, begin + threadIdx.x);
+      for (int i = 0; i < p.n; ++i) used = entry_at<S>(p, i, t, C{1}).taken ? 1.0 : used;
+    }
+    if (threadIdx.x < kGramTokens) {
+      for (int offset = 16; offset > 0; offset /= 2) used += __shfl_xor_sync(0xffffffffu, used, offset);
+      if (threadIdx.x == 0) gram[pairs] += used;
+    }
+    __syncthreads();
+    for (int e = threadIdx.x; e < pairs; e += kThreads) {
+      const int i = e / p.n, j = e % p.n;
+      if (j < i) continue;
+      double sum = 0.0;
+      for (int k = 0; k < kGramTokens; ++k) sum += shared.gated[i][k] * shared.gated[j][k];
+      gram[e] += sum;
+    }
+  }
+  __syncthreads();
+}
+
+// Every block's Gram matrix, summed in block order, behind that of the block that calls it.
+__device__ const double* merge_grams(const CombineParams& p) {
+  double* total = block_gram(p, blockIdx.x) + gram_size(p.n);
+  for (int e = threadIdx.x; e < gram_size(p.n); e += kThreads) {
+    double sum = 0.0;
+    for (int b = 0; b < gridDim.x; ++b) sum += block_gram(p, b)[e];
+    total[e] = sum;
+  }
+  __syncthreads();
+  return total;
 }
 
 // The combination of the tokens [first, last) under shared.weights; objectives of weight 0 are not read.
@@ -152,17 +135,23 @@ __device__ void weigh(const CombineParams& p, const Shared& shared, int64_t firs
   for (int64_t k = first + threadIdx.x; k < last; k += kThreads) {
     const Token t = token_at(p, k);
     C combined{0};
+    bool present = false;
     for (int i = 0; i < p.n; ++i) {
       const C weight = static_cast<C>(shared.weights[i]);
       C share{0};
-      if (weight != C{0}) {
+      if (weight != C{0} || p.marks()) {
         const Entry<C> e = entry_at<S>(p, i, t, static_cast<C>(p.scale(i)));
-        if (e.taken) share = weight * e.advantage;
+        present |= e.taken;
+        if (e.taken && weight != C{0}) share = weight * e.advantage;
       }
       combined += share;
-      if (p.in_place) store<S>(p, p.advantages[i], t, share);
+      if (p.in_place) store<S>(p.advantages[i], t, share);
     }
-    if (!p.in_place) store<S>(p, p.out, t, combined);
+    if (p.marks()) {
+      store_marked<S>(p.out, t, combined, present);
+    } else if (!p.in_place) {
+      store<S>(p.out, t, combined);
+    }
   }
 }
 
@@ -204,6 +193,7 @@ __device__ void solve_tokens(const CombineParams& p, Shared& shared, int64_t fir
     if (kept == 0) low = high = C{0}, at_low = present;  // nobody active: all that have data, each with a_i = 0
     const Split<C> total = split(low, high);
     C combined{0}, value = fixed ? C{0} : project(low, high);
+    if (p.solver == Solver::kMinNorm && value < C{0}) value = -value;  // of one token: the closed form
     if (undefined && !fixed) value = nan;
     for (int i = 0; i < p.n; ++i) {
       const Entry<C> e = entry_at<S>(p, i, t, static_cast<C>(p.scale(i)));
@@ -219,24 +209,22 @@ __device__ void solve_tokens(const CombineParams& p, Shared& shared, int64_t fir
       }
       const C share = e.taken && c != C{0} ? c * e.advantage : C{0};
       combined += share;
-      if (inside && p.in_place) store<S>(p, p.advantages[i], t, share);
+      if (inside && p.in_place) store<S>(p.advantages[i], t, share);
       if (inside && p.per_token)
-        static_cast<C*>(p.packed)[(kStatistics + k) * p.n + i] = fixed || present ? c : static_cast<C>(1.0 / p.n);
+        static_cast<C*>(p.packed)[(kStatistics + p.row_at(k)) * p.n + i] =
+            fixed || present ? c : static_cast<C>(1.0 / p.n);
       if (!fixed) add_warp_sum(shared, i, present ? static_cast<double>(c) : 0.0);
     }
     if (!present) value = C{0};
-    if (inside && !p.in_place) store<S>(p, p.out, t, combined);
-    if (inside && p.per_token) static_cast<C*>(p.packed)[(kStatistics + p.tokens()) * p.n + k] = value;
+    if (inside && p.marks()) {
+      store_marked<S>(p.out, t, combined, present > 0);
+    } else if (inside && !p.in_place) {
+      store<S>(p.out, t, combined);
+    }
+    if (inside && p.per_token) static_cast<C*>(p.packed)[(kStatistics + p.tokens()) * p.n + p.row_at(k)] = value;
     add_warp_sum(shared, p.n, static_cast<double>(value));
     add_warp_sum(shared, p.n + 1, present ? 1.0 : 0.0);
   }
-}
-
-__device__ Moments* block_moments(const CombineParams& p, int block) {
-  return reinterpret_cast<Moments*>(static_cast<char*>(p.workspace) + block * block_bytes(p.n));
-}
-__device__ double* block_sums(const CombineParams& p, int block) {
-  return reinterpret_cast<double*>(block_moments(p, block) + p.n);
 }
 
 // Every block's moments, merged in block order by each block that calls it, in shared.pool.
@@ -244,7 +232,7 @@ __device__ void merge_grid(const CombineParams& p, Shared& shared) {
   for (int i = 0; i < p.n; ++i) {
     Moments mine = Moments::empty();
     for (int b = threadIdx.x; b < gridDim.x; b += kThreads) merge(mine, block_moments(p, b)[i]);
-    const Moments& grid = merge_block(shared, mine);
+    const Moments& grid = merge_block(shared.tree, mine);
     if (threadIdx.x == 0) shared.pool[i] = grid;
   }
   __syncthreads();
@@ -276,6 +264,13 @@ __device__ void write_solution(const CombineParams& p, int64_t solve_index, cons
   if (threadIdx.x == 0) weights[p.solves() * p.n + solve_index] = static_cast<C>(shared.value);
 }
 
+// The weights of shared.pool, by one thread; `gram` if the solver wants one.
+__device__ void solve_pool(const CombineParams& p, Shared& shared, const double* gram) {
+  double* scratch = gram ? block_gram(p, blockIdx.x) + 2 * gram_size(p.n) : nullptr;
+  if (threadIdx.x == 0) shared.value = solve(p, shared.pool, gram, scratch, shared.weights);
+  __syncthreads();
+}
+
 template <class S>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM) combine_kernel(const __grid_constant__ CombineParams p) {
   using C = typename Storage<S>::Compute;
@@ -285,21 +280,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) combine_kernel(const _
 
   if (p.level == Level::kBatch) {
     scan<S>(p, shared, first, last);
+    if (p.solver == Solver::kMinNorm) add_grams<S>(p, shared, first, last);
     meet<true>(p, shared);
-    if (threadIdx.x == 0) shared.value = solve(p, shared.pool, nullptr, nullptr, shared.weights);
-    __syncthreads();
+    solve_pool(p, shared, p.solver == Solver::kMinNorm ? merge_grams(p) : nullptr);
     weigh<S>(p, shared, first, last);
     if (blockIdx.x == 0) write_solution<C>(p, 0, shared);
-  } else if (p.level == Level::kSequence) {
+  } else if (p.level == Level::kSequence || p.level == Level::kGroup) {
     if (threadIdx.x < p.n) shared.total[threadIdx.x] = Moments::empty();
-    for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
-      scan<S>(p, shared, row * p.cols, (row + 1) * p.cols);
-      if (threadIdx.x == 0) shared.value = solve(p, shared.pool, nullptr, nullptr, shared.weights);
+    for (int64_t pool = blockIdx.x; pool < p.pools(); pool += gridDim.x) {
+      const Rows rows = p.level == Level::kGroup ? rows_of(p, pool) : Rows{pool, pool + 1};
+      const bool at_rows = p.level == Level::kSequence || p.normalize.groups == Groups::kIds;
+      if (at_rows && rows.first == rows.last) continue;
+      const int64_t begin = rows.first * p.row_tokens, end = rows.last * p.row_tokens;
+      scan<S>(p, shared, begin, end);
+      if (p.solver == Solver::kMinNorm) add_grams<S>(p, shared, begin, end);
+      solve_pool(p, shared, p.solver == Solver::kMinNorm ? block_gram(p, blockIdx.x) : nullptr);
       if (threadIdx.x < p.n) merge(shared.total[threadIdx.x], shared.pool[threadIdx.x]);
-      __syncthreads();
-      weigh<S>(p, shared, row * p.cols, (row + 1) * p.cols);
-      write_solution<C>(p, row, shared);
-      __syncthreads();  // before the next row's scan overwrites pool and weights
+      weigh<S>(p, shared, begin, end);
+      if (at_rows) {
+        for (int64_t row = rows.first; row < rows.last; ++row) write_solution<C>(p, p.row_at(row), shared);
+      } else {
+        write_solution<C>(p, pool, shared);
+      }
+      __syncthreads();  // before the next scan overwrites pool and weights
     }
     if (threadIdx.x < p.n) shared.pool[threadIdx.x] = shared.total[threadIdx.x];
     __syncthreads();
@@ -325,6 +328,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) combine_kernel(const _
       write_solution<C>(p, 0, shared);
     }
   }
+  if (blockIdx.x == 0 && threadIdx.x < p.n && p.dead) shared.pool[threadIdx.x].dead = p.dead[threadIdx.x];
   if (blockIdx.x == 0 && threadIdx.x < p.n)
     write_statistics(shared.pool[threadIdx.x], threadIdx.x, p.n, static_cast<C*>(p.packed));
 }
@@ -350,13 +354,13 @@ template <class S>
 int blocks_for(const CombineParams& p) {
   if (p.tokens() * p.n <= kSingleBlockElements) return 1;
   constexpr int64_t each = kThreads * kTokensPerThread;
-  const int64_t wanted = p.level == Level::kSequence ? p.rows : (p.tokens() + each - 1) / each;
+  const bool pooled = p.level == Level::kSequence || p.level == Level::kGroup;
+  const int64_t wanted = pooled ? p.pools() : (p.tokens() + each - 1) / each;
   return static_cast<int>(std::min<int64_t>(wanted, resident_blocks<S>(p.device.index)));
 }
 
 template <class S>
 void launch(const CombineParams& p, cudaStream_t stream) {
-  const DeviceGuard guard(p.device.index);
   const dim3 blocks(static_cast<unsigned>(blocks_for<S>(p)));
   CombineParams copy = p;
   void* arguments[] = {&copy};
@@ -371,14 +375,21 @@ void launch(const CombineParams& p, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t combine_cuda_workspace(const CombineParams& params) {
-  return block_bytes(params.n) * with_dtype(params.dtype, [&](auto s) { return blocks_for<decltype(s)>(params); });
+// Behind the blocks' own memory stands that of the normalisation.
+static int64_t blocks_bytes(const CombineParams& p) {
+  const int64_t blocks = with_dtype(p.dtype, [&](auto s) { return blocks_for<decltype(s)>(p); });
+  return (block_bytes(p.n, p.solver == Solver::kMinNorm) * blocks + 15) / 16 * 16;
 }
+
+int64_t combine_cuda_workspace(const CombineParams& p) { return blocks_bytes(p) + normalize_cuda_workspace(p); }
 
 int cuda_toolkit() { return CUDART_VERSION; }
 
-void launch_combine_cuda(const CombineParams& params, void* stream) {
+void launch_combine_cuda(CombineParams& params, void* stream) {
+  const DeviceGuard guard(params.device.index);
+  normalize_cuda(params, static_cast<char*>(params.workspace) + blocks_bytes(params), stream);
   with_dtype(params.dtype, [&](auto s) { launch<decltype(s)>(params, static_cast<cudaStream_t>(stream)); });
+  normalize_combined_cuda(params, stream);
 }
 
 }  // namespace pama

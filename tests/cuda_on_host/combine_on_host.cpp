@@ -9,24 +9,27 @@ static void call_kernel(const void* argument, const void* kernel) {
 }
 
 #include COMBINE_CU
+#include NORMALIZE_CU
 
 // Tensors are contiguous: advantages [sizes[0], sizes[1], sizes[2]] with the objectives last, mask bool, log_ratio
-// float32, each or null. Returns the number of blocks, or -1 with what does not fit in `problem`.
+// float32, groups int64 [n_groups], each or null. Returns the number of blocks, or -1 with what does not fit in
+// `problem`.
 extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes, void* mask, void* log_ratio,
-                               void* out, void* packed, const double* reward_values, int level, int fixed, int noon,
+                               void* out, void* packed, const double* reward_values, const char* level,
+                               const char* solver, const char* normalize, void* groups, int64_t n_groups, int noon,
                                int propagate, int skip_inactive, unsigned order, const char** problem) {
   using namespace pama;
   const Device cpu{DeviceType::kCPU, 0};
-  const int64_t strides[3] = {sizes[1] * sizes[2], sizes[2], 1}, plane[2] = {sizes[1], 1};
+  const int64_t strides[3] = {sizes[1] * sizes[2], sizes[2], 1}, plane[2] = {sizes[1], 1}, one = 1;
   const TensorView a{advantages, static_cast<DType>(dtype), cpu, 3, sizes, strides};
   const TensorView m{mask, DType::kInt8, cpu, 2, sizes, plane}, l{log_ratio, DType::kFloat32, cpu, 2, sizes, plane};
   const TensorView o{out, static_cast<DType>(dtype), cpu, 2, sizes, plane};
-  const char* levels[] = {"batch", "sequence", "token"};
-  const CombineOptions options(-1, 0.2, 0.2, noon, levels[level], fixed ? "fixed" : "closed_form", "",
-                               propagate ? "propagate" : "ignore", skip_inactive);
+  const TensorView g{groups, DType::kInt64, cpu, 1, &n_groups, &one};
+  const CombineOptions options(-1, 0.2, 0.2, noon, level, solver, normalize, propagate ? "propagate" : "ignore",
+                               skip_inactive);
   CombineParams p;
   *problem = plan_combine(options,
-                          {&a, 1, false, mask ? &m : nullptr, log_ratio ? &l : nullptr, nullptr, nullptr,
+                          {&a, 1, false, mask ? &m : nullptr, log_ratio ? &l : nullptr, nullptr, groups ? &g : nullptr,
                            out ? &o : nullptr, out == nullptr},
                           p);
   if (*problem) return -1;
@@ -37,5 +40,5 @@ extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes
   p.packed = packed;
   host::order = order;
   launch_combine_cuda(p, nullptr);
-  return static_cast<int>(combine_cuda_workspace(p) / block_bytes(p.n));
+  return static_cast<int>(blocks_bytes(p) / block_bytes(p.n, p.solver == Solver::kMinNorm));
 }

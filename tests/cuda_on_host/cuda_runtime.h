@@ -8,6 +8,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <barrier>
 #include <cmath>
 #include <cstdint>
@@ -48,7 +49,11 @@ template <class Kernel>
 int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
   return *blocks = 2, cudaSuccess;
 }
+inline int cudaMemsetAsync(void* data, int value, size_t bytes, void*) { return std::memset(data, value, bytes), 0; }
 inline int64_t min(int64_t a, int64_t b) { return std::min(a, b); }
+inline int64_t max(int64_t a, int64_t b) { return std::max(a, b); }
+inline void atomicAdd(unsigned long long* to, unsigned long long x) { std::atomic_ref(*to) += x; }
+using std::signbit;
 
 namespace host {
 

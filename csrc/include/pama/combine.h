@@ -79,8 +79,10 @@ struct CombineParams {
   // Filled by the launchers, in their own memory. Tokens are then counted in grouped order: row k is order[k].
   const int64_t* order;   // [batch], or null: groups follow each other as they stand
   const int64_t* starts;  // [groups + 1]: the rows of group g are [starts[g], starts[g + 1]) in that order
+  const int64_t* ends;    // CUDA, groups by ids: starts[k] and ends[k] are the rows of the group of row k
   int64_t equal_rows;     // how many rows every group has, 0 if that differs
   void* sums;             // [batch, n] in the type of the arithmetic: scores to be read instead of advantages; or null
+  int64_t* dead;          // CUDA: [n], how many of the pools give only 0; or null
   void* affine;           // Maps of [n, pools] in that type, or null: nothing to normalise
   bool measures;          // `affine` is filled on the way, group by group
   bool absent_zero;       // -0 marks samples that are not there
@@ -109,6 +111,7 @@ struct CombineParams {
   }
   PAMA_HD int64_t packed_size() const { return kStatistics * static_cast<int64_t>(n) + solves() * (n + 1); }
 
+  PAMA_HD bool marks() const { return normalize.combined != Pool::kNone; }          // -0 left where there is no data
   PAMA_HD int64_t pools() const { return level == Level::kGroup ? groups : rows; }  // solved one by one
   PAMA_HD int64_t first_row(int64_t pool) const { return level == Level::kGroup ? starts[pool] : pool; }
   PAMA_HD int64_t row_at(int64_t k) const { return order ? order[k] : k; }  // of the tensors, the k-th in grouped order
@@ -156,7 +159,7 @@ bool use_cpu_instructions(const char* name);  // for tests: run another one; fal
 
 #ifdef PAMA_WITH_CUDA
 int64_t combine_cuda_workspace(const CombineParams& params);  // bytes
-void launch_combine_cuda(const CombineParams& params, void* stream);
+void launch_combine_cuda(CombineParams& params, void* stream);
 int64_t min_norm_cuda_workspace(const MinNormParams& params);  // bytes
 void launch_min_norm_cuda(const MinNormParams& params, void* stream);
 int cuda_toolkit();  // the version built with, 13000 for 13.0

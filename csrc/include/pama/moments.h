@@ -34,7 +34,6 @@ PAMA_HD void add(Moments& m, double x) {
   m.m2 += delta * (x - m.mean);
   m.min = x < m.min ? x : m.min;
   m.max = x > m.max ? x : m.max;
-  m.positive += x > 0.0;
 }
 
 // Chan, Golub, LeVeque 1983: never E[x^2] - E[x]^2.

@@ -1,0 +1,160 @@
+// What the kernels of this folder share: tokens, their groups, and the entries of an objective.
+#pragma once
+
+#include "pama/combine.h"
+#include "pama/indicator.h"
+#include "pama/moments.h"
+
+namespace pama {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / 32;
+
+struct Rows {
+  int64_t first, last;
+};
+
+// Rows of a group, in grouped order. Offsets on a GPU are not looked at beforehand, so they are kept within the batch.
+// Groups by ids are numbered by their first row in that order: the other numbers have none.
+__device__ inline Rows rows_of(const CombineParams& p, int64_t group) {
+  switch (p.normalize.groups) {
+    case Groups::kSize: return {group * p.normalize.group_size, (group + 1) * p.normalize.group_size};
+    case Groups::kIds: return {group, p.starts[group] == group ? p.ends[group] : group};
+    default:
+      return {max(int64_t{0}, min(p.batch, p.group_value(group))),
+              max(int64_t{0}, min(p.batch, p.group_value(group + 1)))};
+  }
+}
+
+__device__ inline int64_t group_of(const CombineParams& p, int64_t row) {
+  if (p.normalize.groups == Groups::kSize) return row / p.normalize.group_size;
+  if (p.normalize.groups == Groups::kIds) return p.starts[row];
+  int64_t low = 0, high = p.groups;  // the last group that starts at or before the row
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (p.group_value(middle) <= row) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+struct Token {
+  int64_t row, col;  // in the planes
+  int64_t source;    // row of the tensors
+  int64_t pool;      // of Normalize.by
+  bool valid, not_above, not_below;
+};
+
+template <class T>
+__device__ T element(const Plane& q, const Token& t) {
+  return reinterpret_cast<const T*>(q.data)[t.row * q.row + t.col * q.col];
+}
+
+// The mask as it is: an entry is valid if any bit is set, the sign of a floating zero apart.
+__device__ inline bool is_valid(const CombineParams& p, const Token& t) {
+  if (!p.mask.data) return true;
+  const bool sign = is_float(p.mask_dtype);
+  switch (size_of(p.mask_dtype)) {
+    case 1: return element<uint8_t>(p.mask, t) != 0;
+    case 2: return (element<uint16_t>(p.mask, t) & (sign ? 0x7fff : 0xffff)) != 0;
+    case 4: return (element<uint32_t>(p.mask, t) & (sign ? 0x7fffffffu : 0xffffffffu)) != 0;
+    default: return (element<uint64_t>(p.mask, t) & (sign ? ~(uint64_t{1} << 63) : ~uint64_t{0})) != 0;
+  }
+}
+
+__device__ inline double log_ratio_at(const CombineParams& p, const Token& t) {
+  switch (p.log_ratio_dtype) {
+    case DType::kFloat32: return element<float>(p.log_ratio, t);
+    case DType::kFloat64: return element<double>(p.log_ratio, t);
+    case DType::kFloat16: return to_float(element<Half>(p.log_ratio, t));
+    default: return to_float(element<BFloat16>(p.log_ratio, t));
+  }
+}
+
+__device__ inline Token token_at(const CombineParams& p, int64_t index) {
+  Token t;
+  if (p.order || p.affine || p.sums) {
+    const int64_t row = index / p.row_tokens, col = index - row * p.row_tokens;
+    t.source = p.row_at(row);
+    t.row = p.rows == 1 ? 0 : t.source;
+    t.col = p.rows == 1 ? t.source * p.row_tokens + col : col;
+    t.pool = p.affine && p.normalize.by == Pool::kGroup ? group_of(p, row) : 0;
+  } else {
+    t.row = p.rows == 1 ? 0 : index / p.cols;
+    t.col = index - t.row * p.cols;
+  }
+  t.valid = is_valid(p, t);
+  t.not_above = t.not_below = true;
+  if (t.valid && p.log_ratio.data) {
+    const double log_u = log_ratio_at(p, t);
+    t.not_above = log_u <= p.log_high;
+    t.not_below = log_u >= p.log_low;
+  }
+  return t;
+}
+
+template <class S>
+__device__ typename Storage<S>::Compute sample_at(const CombineParams& p, int i, const Token& t) {
+  using C = typename Storage<S>::Compute;
+  if (p.sums) return static_cast<const C*>(p.sums)[t.source * p.n + i];
+  return Storage<S>::load(element<S>(p.advantages[i], t));
+}
+
+template <class C>
+struct Entry {
+  C raw, noon, advantage, gated;  // A', A before and after reward_weights, I(A); 0 where not taken
+  bool finite, taken, positive;
+};
+
+// Objective i at a token; memory behind the mask is not even read.
+template <class S, class C>
+__device__ Entry<C> entry_at(const CombineParams& p, int i, const Token& t, C scale) {
+  Entry<C> e{};
+  if (!t.valid) return e;
+  const C raw = sample_at<S>(p, i, t);
+  e.finite = raw - raw == C{0};
+  e.taken = e.finite || p.propagate;
+  if (!e.taken) return e;
+  e.raw = raw;
+  C processed = raw;
+  if (p.affine) {
+    const int64_t pools = p.normalize.by == Pool::kGroup ? p.groups : 1;
+    processed = Maps<C>(static_cast<C*>(p.affine), p.n * pools)[i * pools + t.pool](raw);
+  }
+  e.positive = e.finite && processed > C{0};
+  e.noon = noon(processed, p.noon ? C{0} : -static_cast<C>(HUGE_VAL));
+  e.advantage = e.noon * scale;
+  e.gated = gate(e.advantage, t.not_above, t.not_below);
+  return e;
+}
+
+// Sum of `mine` over the block, in tree[0]; a fixed tree. All threads must call it.
+__device__ inline const Moments& merge_block(Moments* tree, const Moments& mine) {
+  __syncthreads();  // the tree may still be read from the last time
+  tree[threadIdx.x] = mine;
+  for (int width = kThreads / 2; width > 0; width /= 2) {
+    __syncthreads();
+    if (threadIdx.x < width) merge(tree[threadIdx.x], tree[threadIdx.x + width]);
+  }
+  __syncthreads();
+  return tree[0];
+}
+
+template <class S, class C>
+__device__ void store(const Plane& q, const Token& t, C value) {
+  reinterpret_cast<S*>(q.data)[t.row * q.row + t.col * q.col] = Storage<S>::store(value);
+}
+
+// -0 marks the tokens without data, so a combination must not round to it.
+template <class S, class C>
+__device__ void store_marked(const Plane& q, const Token& t, C value, bool present) {
+  S rounded = Storage<S>::store(value);
+  const C back = Storage<S>::load(rounded);
+  if (back == C{0}) rounded = Storage<S>::store(present ? C{0} : -C{0});
+  reinterpret_cast<S*>(q.data)[t.row * q.row + t.col * q.col] = rounded;
+}
+
+}  // namespace pama
