@@ -71,7 +71,35 @@ def run(device: str) -> int:
             pama_ext.combine_(advantages, **moved, level=level, solver=solver)
             compare(f"combine_, {case}", advantages, shares, dtype)
             calls += len(forms) + 1
-    return calls
+    return calls + run_normalised(device)
+
+
+def run_normalised(device: str) -> int:
+    """The same with a ``Normalize`` of every kind, fixed weights, and with the min-norm solver."""
+    host, options = inputs((6, 129, 3), torch.float32)
+    moved = {name: tensor.to(device) for name, tensor in options.items()}
+    calls = 0
+    for over, by, combined, level in itertools.product(
+        ("tokens", "row_sums"), ("batch", "group"), ("none", "batch", "group"), ("batch", "group", "token")
+    ):
+        ids = torch.tensor([5, -1, 5, 3, -1, 5])
+        how = {"by": by, "combined": combined, "over": over, "singleton": "raw"}
+        expected = reference.combine(
+            host.double(), level=level, solver="fixed", normalize=pama_ext.Normalize(group_ids=ids, **how), **options
+        )
+        there = pama_ext.Normalize(group_ids=ids.to(device), **how)
+        result = pama_ext.combine(host.to(device), level=level, solver="fixed", normalize=there, **moved)
+        compare(f"combine, level {level}, {how}", result.advantages, expected.advantages, torch.float32)
+        calls += 1
+    for level in ("batch", "sequence"):
+        expected = reference.combine(host.double(), level=level, solver="min_norm", **options)
+        result = pama_ext.combine(host.double().to(device), level=level, solver="min_norm", **moved)
+        compare(f"combine, level {level}, min_norm", result.weights, expected.weights, torch.float32)
+        calls += 1
+    gramian = host[:, :3].nan_to_num(0, 0, 0).double()
+    gramian = gramian @ gramian.mT
+    compare("min_norm", pama_ext.min_norm(gramian.to(device)), reference.min_norm(gramian), torch.float32)
+    return calls + 1
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import pama_ext
-from pama_ext import _C, reference
+from pama_ext import _C, Normalize, reference
 from pama_ext._combine import _combine_dispatcher
 
 FACTOR = 4  # our error may be this many times that of PyTorch in the same dtype, plus rounding of the result
@@ -121,15 +121,29 @@ def _cases(device: str) -> Iterator[dict[str, Any]]:
         dtypes, ("batch", "sequence", "token"), ("closed_form", "fixed"), shapes, (True, False), (True, False)
     )
     for dtype, level, solver, shape, noon, skip_inactive in choices:
-        advantages = torch.randn(shape, generator=generator)
-        mask = torch.rand(shape[:-1], generator=generator) < 0.8
-        advantages[~mask] = float("nan")
-        log_ratio = torch.randn(shape[:-1], generator=generator) * 0.3
-        yield {
-            "advantages": advantages.to(device, dtype),
-            "tensors": {"mask": mask.to(device), "log_ratio": log_ratio.to(device)},
-            "options": {"level": level, "solver": solver, "noon": noon, "skip_inactive": skip_inactive},
-        }
+        options = {"level": level, "solver": solver, "noon": noon, "skip_inactive": skip_inactive}
+        yield _case(shape, dtype, device, generator, options)
+    for dtype, level, shape, by in itertools.product(dtypes, ("batch", "group"), shapes[:3], ("batch", "group")):
+        ids = (torch.arange(shape[0]) * 5 % 3).to(device)  # no group in one piece
+        options = {"level": level, "solver": "fixed", "normalize": Normalize(by=by, group_ids=ids)}
+        yield _case(shape, dtype, device, generator, options)
+    for level in ("batch", "sequence", "group"):
+        options = {"level": level, "solver": "min_norm", "normalize": Normalize(group_size=3)}
+        yield _case((33, 257, 5), torch.float64, device, generator, options)
+
+
+def _case(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str, generator: torch.Generator, options: dict[str, Any]
+) -> dict[str, Any]:
+    advantages = torch.randn(shape, generator=generator)
+    mask = torch.rand(shape[:-1], generator=generator) < 0.8
+    advantages[~mask] = float("nan")
+    log_ratio = torch.randn(shape[:-1], generator=generator) * 0.3
+    return {
+        "advantages": advantages.to(device, dtype),
+        "tensors": {"mask": mask.to(device), "log_ratio": log_ratio.to(device)},
+        "options": options,
+    }
 
 
 def _compare(advantages: Tensor, tensors: dict[str, Any], options: dict[str, Any]) -> Iterator[str]:

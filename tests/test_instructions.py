@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES, LEVELS, SHAPES, SOLVERS, make
+from cases import DTYPES, LEVELS, SHAPES, SOLVERS, make, normal
 from compare import assert_same_bits, assert_same_result
 from doors import assert_matches
 
-from pama_ext import _C, combine, combine_
+from pama_ext import _C, Normalize, ObjectiveStats, combine, combine_, reference
 
 BEST = _C.cpu_instructions()
 ALL = ("avx512", "avx2", "generic")
@@ -66,3 +66,58 @@ def test_objectives_take_no_part_in_the_order_of_sums(instructions):
     twice = combine(torch.cat([problem.values, problem.values], -1), **problem.options)
     assert_same_bits(twice.weights[:4], twice.weights[4:])
     assert_same_bits(twice.value, result.value)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("level", [*LEVELS, "group"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16, 60, 120])
+def test_groups_of_every_size(instructions, size, level, dtype):
+    """Sizes that a vector holds, that it does not, that are done side by side and that are not, and one for a lane."""
+    normalize = Normalize(by="group", group_size=size, singleton="raw")
+    for shape in ((480, 5), (240, 3, 2)):
+        problem = make(shape, dtype, draw=normal, level=level, normalize=normalize)
+        assert_matches(combine(problem.values, **problem.options), problem, weights=False)
+        whole = problem.but(mask=torch.ones(shape[:-1]), log_ratio=None)
+        plain = whole.but(mask=None)
+        for name, ours, theirs in zip(
+            ObjectiveStats._fields,
+            combine(plain.values, **plain.options).stats,
+            combine(whole.values, **whole.options).stats,
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, msg=name)  # with and without a look at the mask
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 8, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_objectives_beside_each_other_are_parted(instructions, dtype, n):
+    """Each number of objectives that is parted by shuffles, and others; rows that are no multiple of a vector."""
+    for rows in (1, 15, 16, 17, 1024, 1100):
+        values = (torch.arange(rows * n).reshape(rows, n) % 251).to(dtype)
+        picked = [combine(values, solver="fixed", reward_weights=torch.eye(n)[i]).advantages for i in range(n)]
+        assert torch.equal(torch.stack(picked, -1), values)
+        stats = combine(values).stats
+        assert torch.equal(stats.min, values.amin(0).to(stats.min)) and torch.equal(
+            stats.max, values.amax(0).to(stats.max)
+        )
+
+
+@pytest.mark.parametrize("combined", ["batch", "group"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_combination_of_zero_is_not_one_without_data(instructions, combined, dtype):
+    """Both are 0 before the last normalisation; after it only what has no data is. Tiny ones round to 0, not to -0."""
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 4
+    values = torch.tensor([[1.0], [0.0], [torch.nan], [-tiny], [2.0], [0.0]], dtype=torch.float32).to(dtype)
+    normalize = Normalize(group_size=6, combined=combined, eps=0.0)
+    result = combine(values, noon=False, normalize=normalize).advantages.double()
+    expected = reference.combine(values.double(), noon=False, normalize=normalize).advantages
+    torch.testing.assert_close(result, expected, rtol=8 * torch.finfo(dtype).eps, atol=1e-6)
+    assert result[2] == 0 and (result[[1, 3, 5]] < -0.3).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7, 33])
+def test_the_gram_matrix(instructions, n):
+    problem = make((3, 700, n), torch.float64, draw=normal, solver="min_norm", level="sequence")
+    result, expected = (f(problem.values, **problem.options) for f in (combine, reference.combine))
+    torch.testing.assert_close(result.weights, expected.weights, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result.advantages, expected.advantages, rtol=1e-9, atol=1e-9)

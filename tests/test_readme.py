@@ -1,4 +1,4 @@
-"""The README's Python blocks run, in order, each file's blocks as one program."""
+"""The README's Python blocks run, in order, as one program; docs/numerics.md names tests that exist."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from pama_ext import Normalize
+
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+README, NUMERICS = ROOT / "README.md", ROOT / "docs" / "numerics.md"
 
 
 def blocks(text: str) -> list[str]:
@@ -32,3 +34,19 @@ def test_readme_runs():
 def test_first_code_comes_early():
     lines = README.read_text().splitlines()
     assert next(i for i, line in enumerate(lines, 1) if line.startswith("```")) <= 15
+
+
+@pytest.mark.skipif(not NUMERICS.exists(), reason="the tests run without the source tree")
+def test_every_test_that_numerics_names_exists():
+    named = re.findall(r"\[(test_\w+\.py)(?:::(\w+))?\]", NUMERICS.read_text())
+    assert len(named) > 30
+    for file, function in named:
+        assert function and f"\ndef {function}(" in (ROOT / "tests" / file).read_text(), f"{file}::{function}"
+
+
+@pytest.mark.skipif(not NUMERICS.exists(), reason="the tests run without the source tree")
+def test_numerics_lists_the_presets():
+    presets = [name for name, value in vars(Normalize).items() if isinstance(value, classmethod)]
+    assert len(presets) == 8
+    for name in presets:
+        assert f"| `{name}` |" in NUMERICS.read_text(), name

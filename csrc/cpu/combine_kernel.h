@@ -236,12 +236,23 @@ class Kernel : Observer<C> {
     lanes.spill(used_count);
     gram[p.n * p.n] += static_cast<double>(lanes.count(0));
     for (int i = 0; i < p.n; ++i) {
-      for (int j = i; j < p.n; ++j) {
-        V products{};
-        for (int k = 0; k < count; k += kLanes) products += vec(tile.x + i * stride + k) * vec(tile.x + j * stride + k);
-        lanes.spill(products);
-        gram[i * p.n + j] += lanes.sum(0);
-      }
+      int j = i;
+      for (; j + 4 <= p.n; j += 4) add_products<4>(i, j, count, gram);
+      for (; j < p.n; ++j) add_products<1>(i, j, count, gram);
+    }
+  }
+
+  // Of objective i with kMany from j on: side by side, as one sum alone would wait for its own additions.
+  template <int kMany>
+  void add_products(int i, int j, int count, double* gram) {
+    V products[kMany] = {};
+    for (int k = 0; k < count; k += kLanes) {
+      const V own = vec(tile.x + i * stride + k);
+      for (int m = 0; m < kMany; ++m) products[m] += own * vec(tile.x + (j + m) * stride + k);
+    }
+    for (int m = 0; m < kMany; ++m) {
+      lanes.spill(products[m]);
+      gram[i * p.n + j + m] += lanes.sum(0);
     }
   }
 
