@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from cases import DTYPES, LEVELS, SHAPES, SOLVERS, make, normal
 from compare import assert_same_bits, assert_same_result
 from doors import DOORS, assert_matches
 
-from pama_ext import combine, combine_
+from pama_ext import Normalize, combine, combine_, min_norm
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
@@ -155,3 +156,95 @@ def test_metrics_are_one_transfer():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len([w for w in seen if "synchronizing" in str(w.message)]) == 1
+
+
+def kinds_of_groups(rows: int) -> dict[str, Normalize]:
+    ids = torch.arange(rows, device=CUDA) // 4
+    shuffled = ids[torch.randperm(rows, generator=torch.Generator().manual_seed(0)).to(CUDA)]
+    offsets = torch.tensor([0, 1, 1, rows // 2, rows], device=CUDA)
+    return {
+        "size": Normalize(by="group", group_size=4),
+        "ids": Normalize(by="group", group_ids=shuffled),
+        "offsets": Normalize(by="group", group_offsets=offsets),
+        "batch": Normalize(by="batch", combined="batch"),
+        "row sums": Normalize(by="group", group_ids=shuffled.int(), over="row_sums", combined="group"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["size", "ids", "offsets", "batch", "row sums"])
+@pytest.mark.parametrize("level", [*LEVELS, "group"])
+def test_normalised_calls_neither_synchronise_nor_leave_their_stream(level, kind):
+    normalize = kinds_of_groups(64)[kind]
+    if level == "group" and kind == "batch":
+        normalize = Normalize(by="batch", group_size=4)
+    problem = on_gpu(level=level, normalize=normalize)
+    expected = combine(problem.values, **problem.options)
+    late, stream = torch.zeros_like(problem.values), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            late.copy_(problem.values)
+            result = combine(late, **problem.options)
+            assert not stream.query(), "the call waited for the stream"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream.synchronize()
+    assert_same_result(result, expected)
+
+
+@pytest.mark.parametrize("kind", ["size", "ids", "offsets", "batch", "row sums"])
+def test_normalised_calls_are_captured(kind):
+    problem, other = on_gpu(seed=1), on_gpu(seed=2)
+    options = {**problem.options, "normalize": kinds_of_groups(64)[kind], "level": "batch"}
+    values = problem.values.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        combine(values, **options)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = combine(values, **options)
+    for source in (problem.values, other.values):
+        values.copy_(source)
+        graph.replay()
+        assert_same_result(written, combine(source, **options))
+
+
+@pytest.mark.parametrize("kind", ["size", "ids", "offsets", "batch", "row sums"])
+@pytest.mark.parametrize("shape", [(4096, 3), (64, 4099, 2), (8, 20_000, 3), (20_000, 8)], ids=str)
+def test_large_normalised_problems_match_and_repeat(shape, kind):
+    problem = make(shape, draw=normal).to(CUDA)
+    problem = problem.but(normalize=kinds_of_groups(shape[0])[kind])
+    first = combine(problem.values, **problem.options)
+    host = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in problem.options.items()}
+    described = problem.options["normalize"]
+    moved = {k: v.cpu() for k in ("group_ids", "group_offsets") if (v := getattr(described, k)) is not None}
+    host["normalize"] = dataclasses.replace(described, **moved)
+    expected = combine(problem.values.cpu(), **host)
+    for name, ours, theirs in zip(first.stats._fields, first.stats, expected.stats, strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-4, msg=name)
+    for _ in range(3):
+        assert_same_result(combine(problem.values, **problem.options), first)
+
+
+def test_offsets_that_lie_never_leave_the_batch():
+    """They are not looked at on a GPU; what comes out is undefined, but no memory beyond the tensors is touched."""
+    for values in ([0, 1000, -5, 64], [7, 3], [0, 1 << 40, 64]):
+        normalize = Normalize(by="group", group_offsets=torch.tensor(values, device=CUDA))
+        for level in ("batch", "group"):
+            combine(on_gpu().values, normalize=normalize, level=level)
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("n", [1, 3, 10, 64])
+def test_min_norm_is_that_of_the_cpu(n):
+    x = torch.randn(50, n, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    gramian = x @ x.mT
+    torch.testing.assert_close(min_norm(gramian.to(CUDA)).cpu(), min_norm(gramian), rtol=1e-9, atol=1e-12)
+    problem = make((40, 30, min(n, 17)), torch.float64, draw=normal, solver="min_norm")
+    moved = problem.to(CUDA)
+    ours = combine(moved.values, **moved.options).weights.cpu()
+    torch.testing.assert_close(ours, combine(problem.values, **problem.options).weights, rtol=1e-7, atol=1e-9)
