@@ -144,7 +144,8 @@ def groups(normalize: Normalize, rows: int, first: Tensor, in_place: bool) -> No
             raise ValueError(f"normalize: expected {name} on {first.device} as advantages, got {tensor.device}")
     if ids is not None and ids.shape[0] != rows:
         raise ValueError(f"normalize: expected one of group_ids for each of {rows} rows, got {ids.shape[0]}")
-    if offsets is not None and type(offsets) is Tensor and offsets.device.type == "cpu":  # a GPU's are not looked at
+    # A GPU's are not looked at; while tracing there is nothing to look at, and the operator does later.
+    if offsets is not None and type(offsets) is Tensor and offsets.is_cpu and not torch.compiler.is_compiling():
         values = offsets.tolist()
         if values[0] != 0 or values[-1] != rows or any(a > b for a, b in itertools.pairwise(values)):
             raise ValueError(
