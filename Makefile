@@ -47,13 +47,15 @@ test-wheel: $(READY)
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
 	cp -r tests csrc README.md CHANGELOG.md pyproject.toml build/wheel
-	cd build/wheel && PYTHONPATH=site $(CURDIR)/$(BIN)/python -m pytest -q --ignore=tests/test_bench.py --ignore=tests/test_example.py
+	cd build/wheel && PYTHONPATH=site $(CURDIR)/$(BIN)/python -m pytest -q --ignore-glob='tests/test_bench*.py' --ignore=tests/test_example.py
 
 lint: $(BUILT)
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
 
 bench: $(BUILT)
 	$(BIN)/python -m bench.latency --json bench/records/latency-cpu.json
+	$(BIN)/python -m bench.groups --json bench/records/groups-cpu.json
+	$(BIN)/python -m bench.min_norm --json bench/records/min-norm-cpu.json
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT) $(if $(STAGES),--stages $(STAGES)) $(if $(COMMIT),--commit $(COMMIT))
