@@ -109,16 +109,20 @@ class Kernel : Observer<C> {
   // The combination of the tokens [first, last) under fixed weights[n].
   template <class S>
   void weigh(int64_t first, int64_t last, const double* weights) {
+    const bool mark = p.marks();
+    int wanted = 0;
+    for (int i = 0; i < p.n; ++i) wanted += mark || weights[i] != 0.0;
+    const bool together = adjacent && !p.sums && wanted > 2;  // then in one walk over memory
     tiles(first, last, [&](int64_t t, int count) {
       load_valid(p, t, count, tile);
       fill(tile.out, 0, count + kLanes - 1, C{0});
-      const bool mark = p.marks();
+      if (together) load_objectives<S>(p, true, t, count, tile.x, stride);
       if (mark) fill(tile.taken, 0, count + kLanes - 1, 0);
       for (int i = 0; i < p.n; ++i) {
         const C weight = static_cast<C>(weights[i]);
         const bool reads = weight != 0 || mark;  // weight 0: not even read
-        C* x = tile.x;
-        if (reads) load_objective<S>(i, t, count, x);
+        C* x = tile.x + (together ? i * stride : 0);
+        if (reads && !together) load_objective<S>(i, t, count, x);
         if (reads && normalizer.active()) normalizer.apply(i, t, count, x, x);
         for (int k = 0; k < count; k += kLanes) {
           V share{};

@@ -189,7 +189,9 @@ void load_objectives(const CombineParams& p, bool adjacent, int64_t first, int c
       case 3: return deinterleave<3>(src, m, 3, to, stride);
       case 4: return deinterleave<4>(src, m, 4, to, stride);
       case 5: return deinterleave<5>(src, m, 5, to, stride);
+      case 6: return deinterleave<6>(src, m, 6, to, stride);
       case 8: return deinterleave<8>(src, m, 8, to, stride);
+      case 10: return deinterleave<10>(src, m, 10, to, stride);
       default: return deinterleave<0>(src, m, p.n, to, stride);
     }
   });
