@@ -164,17 +164,18 @@ py::object run(PyObject* const* arguments, bool in_place) {
   // torch.jit.trace, which is deprecated, would bake a result in. Asking takes long, so where out= is given nobody
   // asks.
   if (arguments[kOut] == Py_None && is_true(ask(torch_.tracing))) return py::none();
-  py::object normalize = py::none(), groups = py::none();  // spelled out, and its tensor
+  py::object spelled, described;  // of the Normalize, if there is one: its settings, and the tensor of its groups
   if (arguments[kNormalize] != Py_None) {
     if (Py_TYPE(arguments[kNormalize]) != normalize_type) return py::none();
-    normalize = py::getattr(arguments[kNormalize], spec_attribute);
-    groups = py::getattr(arguments[kNormalize], groups_attribute);
+    spelled = py::getattr(arguments[kNormalize], spec_attribute);
+    described = py::getattr(arguments[kNormalize], groups_attribute);
   }
-  const pama::CombineOptions* remembered = options_of(arguments, normalize.ptr());
+  const pama::CombineOptions* remembered = options_of(arguments, spelled ? spelled.ptr() : Py_None);
   if (!remembered) return py::none();
   const pama::CombineOptions options = *remembered;  // another thread may be next with other ones
   const py::handle advantages = arguments[kAdvantages], mask = arguments[kMask], log_ratio = arguments[kLogRatio],
-                   reward_weights = arguments[kRewardWeights], out = arguments[kOut];
+                   reward_weights = arguments[kRewardWeights], out = arguments[kOut],
+                   groups = described ? described.ptr() : Py_None;
   Inputs in;
   if (!in.add(advantages.ptr())) return py::none();
 

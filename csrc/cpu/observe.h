@@ -46,10 +46,20 @@ class Observer {
   template <bool kKeep>
   void observe(int i, int64_t first, int count, Moments& m) {
     C* x = tile.x + i * stride;
-    const C* normal = x;
-    if (normalizer.active()) normalizer.apply(i, first, count, x, tile.normal), normal = tile.normal;
+    if (normalizer.active()) {
+      normalizer.apply(i, first, count, x, tile.normal);
+      observe<kKeep, true>(i, x, count, m);
+    } else {
+      observe<kKeep, false>(i, x, count, m);
+    }
+  }
+
+ private:
+  // kNormal: what goes on from here is tile.normal; else it is x itself.
+  template <bool kKeep, bool kNormal>
+  void observe(int i, C* x, int count, Moments& m) {
     if (!kKeep && !p.mask.data && !p.log_ratio.data && count % kLanes == 0 && scale[i] == 1 &&
-        observe_whole(x, normal, count, m))
+        observe_whole<kNormal>(x, count, m))
       return;
     I* taken = tile.taken + i * stride;
     const C centre = centre_of(m.count >= count ? m.mean : mean(x, count));
@@ -68,7 +78,7 @@ class Observer {
       const V or_high = usable ? entry : all(kInf), or_low = usable ? entry : all(-kInf);
       low = or_high < low ? or_high : low;
       high = or_low > high ? or_low : high;
-      const V processed = vec(normal + k);
+      const V processed = kNormal ? vec(tile.normal + k) : entry;
       positive -= usable & (processed > V{});
 
       const V positive_part = noon(take ? processed : V{}, all(floor)), advantage = positive_part * scale[i];
@@ -92,9 +102,9 @@ class Observer {
     conclude(here, centre, m);
   }
 
- private:
   // The same where all entries are valid, finite and active: false, with nothing done, if one is not finite.
-  bool observe_whole(const C* x, const C* normal, int count, Moments& m) {
+  template <bool kNormal>
+  bool observe_whole(const C* x, int count, Moments& m) {
     V total{};
     if (m.count < count)
       for (int k = 0; k < count; k += kLanes) total += vec(x + k);
@@ -109,7 +119,7 @@ class Observer {
       squares += d * d;
       low = entry < low ? entry : low;
       high = entry > high ? entry : high;
-      const V processed = vec(normal + k), positive_part = noon(processed, all(floor));
+      const V processed = kNormal ? vec(tile.normal + k) : entry, positive_part = noon(processed, all(floor));
       positive -= processed > V{};
       nonzero -= positive_part != V{};
       active += positive_part;
