@@ -13,8 +13,8 @@ struct TokenShares {
   int64_t used;
 };
 
-// Each works on tokens [first, last) (`scan` and `tokens`: groups, if they measure them) and merges into moments[n];
-// `gram` is [n * n + 1] or null.
+// Each works on the tokens from `first` to `last` and merges into moments[n]; `scan` and `tokens` on groups, if they
+// measure them. `gram` is [n * n + 1] or null.
 struct CpuKernels {
   const char* name;
   void (*scan)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram);

@@ -25,7 +25,7 @@
 #define __device__
 #define __host__
 #define __grid_constant__
-#define __launch_bounds__(threads, blocks)
+#define __launch_bounds__(...)
 #define __shared__ static thread_local  // one copy per OS thread, that is per block
 
 struct dim3 {
