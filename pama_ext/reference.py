@@ -122,7 +122,8 @@ def pama(
         kept = has_data & (pooled(gated != 0) > 0) if skip_inactive else has_data
         kept = torch.where(kept.any(-1, keepdim=True), kept, has_data)  # nobody active: all that have data
         kept = kept | ~kept.any(-1, keepdim=True)  # nobody has data: everybody, hence uniform
-        if solver == "closed_form" or level == "token":  # of one token alone, the vector problem is the scalar one
+        one_token = level == "token" or (level == "sequence" and raw.dim() == 2)
+        if solver == "closed_form" or one_token:  # of one token alone, the vector problem is the scalar one
             weights, value = closed_form(scalars, kept)
             value = value if solver == "closed_form" else value.abs()
         else:

@@ -214,3 +214,13 @@ def test_for_one_token_it_is_the_closed_form(noon):
     ours, closed = (combine(advantages, noon=noon, level="token", solver=s) for s in ("min_norm", "closed_form"))
     assert torch.equal(ours.weights, closed.weights) and torch.equal(ours.advantages, closed.advantages)
     assert ours.value >= closed.value.abs()
+
+
+def test_a_row_that_is_one_token_is_solved_as_one():
+    """Its minimum is not unique where the signs differ: the closed form says which one it is."""
+    advantages = torch.tensor([[1.0, -1.0, 2.0], [-2.0, -1.0, -1.0]])
+    for function in (combine, reference.combine):
+        ours, closed = (
+            function(advantages, noon=False, level="sequence", solver=s) for s in ("min_norm", "closed_form")
+        )
+        assert torch.equal(ours.weights, closed.weights) and torch.equal(ours.value, closed.value.abs())

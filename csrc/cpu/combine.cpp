@@ -107,7 +107,7 @@ class Run {
     }
     map.reset(new C[3 * p.n * (by == Pool::kGroup ? p.groups : 1)]);
     p.affine = map.get();
-    p.measures = !sums && by == Pool::kGroup && p.level != Level::kSequence;
+    p.measures = !sums && by == Pool::kGroup;
     if (p.measures) return;
     CombineParams q = p;
     if (sums) {

@@ -369,20 +369,19 @@ void tokens(const CombineParams& p, int64_t first, int64_t last, Moments* moment
   });
 }
 
-// One solve for each pool of tokens, combined while they are in cache: rows at level "sequence", or groups.
+// One solve for each pool of tokens, combined while they are in cache: rows at level "sequence", or groups. Where
+// groups are measured on the way, [first, last) are groups at either level.
 void pools(const CombineParams& p, int64_t first, int64_t last, Moments* moments, double* gram) {
   with_kernel(p, [&](auto& kernel, auto s) {
     using S = decltype(s);
     using C = typename Storage<S>::Compute;
     C* weights_out = static_cast<C*>(p.packed) + kStatistics * p.n;
     C* values_out = weights_out + p.solves() * p.n;
-    for (int64_t k = first; k < last; ++k) {
-      const int64_t begin = p.first_row(k), end = p.first_row(k + 1);
+    auto solve_rows = [&](int64_t k, int64_t begin, int64_t end) {  // pool k: the rows [begin, end)
       Moments of[kMaxObjectives];
       double weights[kMaxObjectives];
       fill(of, 0, p.n, Moments::empty());
       if (gram) fill(gram, 0, p.n * p.n + 1, 0.0);
-      if (p.measures) kernel.template measure<S>(k, k + 1, moments);
       kernel.template scan<S>(begin * p.row_tokens, end * p.row_tokens, of, gram);
       const double value = solve_pool(p, of, gram, weights);
       kernel.template weigh<S>(begin * p.row_tokens, end * p.row_tokens, weights);
@@ -393,6 +392,15 @@ void pools(const CombineParams& p, int64_t first, int64_t last, Moments* moments
         const int64_t at = at_rows ? p.row_at(row) : k;
         for (int i = 0; i < p.n; ++i) weights_out[at * p.n + i] = static_cast<C>(weights[i]);
         values_out[at] = static_cast<C>(value);
+      }
+    };
+    for (int64_t k = first; k < last; ++k) {
+      if (p.measures) kernel.template measure<S>(k, k + 1, moments);
+      if (p.level == Level::kGroup) {
+        solve_rows(k, p.starts[k], p.starts[k + 1]);
+      } else {
+        const int64_t begin = p.measures ? p.starts[k] : k, end = p.measures ? p.starts[k + 1] : k + 1;
+        for (int64_t row = begin; row < end; ++row) solve_rows(row, row, row + 1);
       }
     }
   });

@@ -113,7 +113,6 @@ struct CombineParams {
 
   PAMA_HD bool marks() const { return normalize.combined != Pool::kNone; }          // -0 left where there is no data
   PAMA_HD int64_t pools() const { return level == Level::kGroup ? groups : rows; }  // solved one by one
-  PAMA_HD int64_t first_row(int64_t pool) const { return level == Level::kGroup ? starts[pool] : pool; }
   PAMA_HD int64_t row_at(int64_t k) const { return order ? order[k] : k; }  // of the tensors, the k-th in grouped order
 
   PAMA_HD double reward_weight(int i) const {
