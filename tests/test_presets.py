@@ -205,3 +205,32 @@ def test_the_tolerance_would_notice_another_eps():
     with pytest.raises(AssertionError):
         check(fixed(rewards, Normalize(by="group", group_size=8, correction=0), [1.0]).advantages, ours)
     assert math.isfinite(least_spread(rewards, 8))
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_trl_whatever_is_missing(aggregation, seed):
+    """Any pattern of NaN, from one entry to nearly all of them, and groups of any size, single ones among them."""
+    g = torch.Generator().manual_seed(seed)
+    size = (1, 2, 3, 4, 8)[seed % 5]
+    rewards = torch.randn(6 * size, 1 + seed % 4, generator=g)
+    rewards[torch.rand(rewards.shape, generator=g) < (0.05, 0.3, 0.6, 0.95)[seed % 4]] = torch.nan
+    weights = torch.rand(rewards.shape[1], generator=g) + 0.1
+    preset = Normalize.trl(size) if aggregation == "sum_then_normalize" else Normalize.trl_gdpo(size)
+    theirs = released.trl(rewards, weights, size, aggregation)
+    total = (rewards * weights).nansum(1, keepdim=True)
+    spread = min(least_spread(total, size), least_spread(rewards, size))
+    check(fixed(rewards, preset, weights).advantages, theirs, 4.0, spread)
+
+
+@pytest.mark.parametrize("preset", [
+    lambda ids: Normalize.trl(8), lambda ids: Normalize.trl_gdpo(8), Normalize.verl, Normalize.verl_gdpo,
+    lambda ids: Normalize.verl_whiten(), lambda ids: Normalize.openrlhf(8), Normalize.nemo,
+    lambda ids: Normalize.swift(8), lambda ids: Normalize.swift(8, gdpo=True),
+])  # fmt: skip
+def test_presets_balance_as_well_as_they_reproduce(preset):
+    """With the closed form instead of fixed weights each is a PAMA step: weights on the simplex, nothing infinite."""
+    rewards = batch(1, 48, 3, 8)
+    result = combine(rewards, normalize=preset(torch.arange(48) // 8))
+    assert result.weights.sum().item() == pytest.approx(1) and (result.weights >= 0).all()
+    assert torch.isfinite(result.advantages).all() and result.stats.count.tolist() == [48] * 3
