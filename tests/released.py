@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib.util
 import inspect
+import os
 import textwrap
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
+
+
+def installed(*packages: str) -> pytest.MarkDecorator:
+    """Skips where a trainer is missing on a machine that is there for its GPU; elsewhere its absence is a failure."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    gpu = bool(os.environ.get("PAMA_EXT_REQUIRE_CUDA"))
+    return pytest.mark.skipif(gpu and bool(missing), reason=f"not installed: {', '.join(missing)}")
 
 
 @functools.cache

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 
 import pytest
+import released
 import torch
 
 from bench import groups, min_norm, timer
 from pama_ext import Normalize, reference
+
+pytestmark = released.installed("trl", "verl", "torchjd")
 
 
 def test_the_eager_baseline_is_the_specification():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pama_ext import Combined, Normalize, combine
 
+pytestmark = released.installed("trl", "verl")
 SEEDS = range(12)
 
 
