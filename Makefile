@@ -28,7 +28,8 @@ $(READY): requirements-dev.txt
 	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed: make PYTHON=...")'
 	$(BIN)/python -m pip install $$(grep '^torch==' requirements-dev.txt)
 	$(BIN)/python -m pip install -r requirements-dev.txt
-	$(BIN)/python -m pip install --no-deps verl==0.9.1
+	if $(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'; then \
+	  $(BIN)/python -m pip install --no-deps $$(grep -o 'verl==[0-9.]*' requirements-dev.txt); fi
 	touch $@
 
 $(BUILT): $(READY) $(SOURCES)

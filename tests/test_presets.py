@@ -187,12 +187,16 @@ def test_nemo(kind, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("nan", [False, True])
 @pytest.mark.parametrize("gdpo", [False, True])
-def test_swift(gdpo, seed):
-    """The rule of the released source: the package cannot be installed here."""
+def test_swift(gdpo, nan, seed):
+    """The rule of the released source: the package cannot be installed here. A row without any reward is ours alone."""
     rewards, weights = batch(seed, 48, 3, 8), torch.tensor([1.0, 0.5, 0.25])
+    if nan:
+        some = missing(rewards, seed, 8)
+        rewards = torch.where(some.isnan().all(1, keepdim=True), rewards, some)
     theirs = released.swift(rewards, weights, 8, "gdpo" if gdpo else "group")
-    total = (rewards * weights).sum(1, keepdim=True)
+    total = (rewards * weights).nansum(1, keepdim=True)
     spread = 1.0 if gdpo else least_spread(total, 8)
     check(fixed(rewards, Normalize.swift(8, gdpo=gdpo), weights).advantages, theirs,
           1.0 if gdpo else float(total.abs().max()), spread)  # fmt: skip
