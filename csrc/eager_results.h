@@ -1,8 +1,13 @@
 // Part of python_module.cpp: memory of the results, and the Combined whose small fields become tensors when asked.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <atomic>
+#include <iterator>
+#include <mutex>
 #include <new>
+#include <utility>
 
 #include "eager_tensors.h"
 #include "torch_runtime.h"
@@ -15,24 +20,68 @@ struct Block {
   std::atomic<int> references{1};
   DLTensor tensor{};                          // where it is, and its dtype
   DLManagedTensorVersioned* owner = nullptr;  // CUDA: torch's allocation. CPU: null, the memory follows this struct
+  int64_t capacity = 0;                       // in bytes, if it is large: worth keeping
   // For the packed results:
   int64_t n = 0, solves = 0;
   bool per_row = false;  // many solves: weights [B, N] and value [B], or [G, N] and [G]
 
-  void release() {
-    if (--references) return;
-    if (owner && owner->deleter) owner->deleter(owner);
-    ::operator delete(this);
-  }
+  inline void release();
   void* data() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 };
+
+// Large blocks of the CPU that were released last. Fresh memory costs a page fault per page, which takes longer than
+// all that this package computes; a training loop asks for the same sizes over and over. The kernel may take the pages
+// of kept blocks when it needs memory (MADV_FREE).
+class Kept {
+ public:
+  static constexpr int64_t kPage = 2 << 20, kFrom = 2 * kPage;  // from two huge pages on
+
+  Block* take(int64_t bytes) {
+    const std::lock_guard lock(mutex);
+    for (Block*& block : blocks)
+      if (block && block->capacity >= bytes && block->capacity <= bytes + bytes / 4)
+        return std::exchange(block, nullptr);
+    return nullptr;
+  }
+
+  // True if the block is kept now; the oldest makes place.
+  bool keep(Block* block) {
+    if (block->capacity > kMost) return false;
+#ifdef MADV_FREE
+    if (madvise(block->tensor.data, block->capacity / kPage * kPage, MADV_FREE) != 0) return false;
+    const std::lock_guard lock(mutex);
+    std::swap(blocks[next], block);
+    next = (next + 1) % std::size(blocks);
+    ::operator delete(block);
+    return true;
+#else
+    return false;
+#endif
+  }
+
+ private:
+  static constexpr int64_t kMost = 128 << 20;
+  std::mutex mutex;
+  Block* blocks[4] = {};
+  size_t next = 0;
+};
+
+Kept& kept() {  // never destroyed: tensors may outlive the module
+  static Kept* const all = new Kept;
+  return *all;
+}
+
+void Block::release() {
+  if (--references) return;
+  if (owner && owner->deleter) owner->deleter(owner);
+  if (!capacity || !kept().keep(this)) ::operator delete(this);
+}
 
 void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
 
 // torch's CPU allocator behind its table takes a third of a microsecond a tensor; operator new takes a tenth of that.
 Block* allocate(int64_t bytes, DLDataType dtype, pama::Device device) {
-  constexpr uintptr_t alignment = 64;  // torch's; by hand, since glibc is slow at aligned allocation
-  const bool cuda = device.type == pama::DeviceType::kCUDA;
+  const bool cuda = device.type == pama::DeviceType::kCUDA, large = !cuda && bytes >= Kept::kFrom;
   DLTensor tensor{};
   tensor.dtype = dtype;
   tensor.device = {cuda ? kDLCUDA : kDLCPU, device.index};
@@ -46,26 +95,43 @@ Block* allocate(int64_t bytes, DLDataType dtype, pama::Device device) {
     tensor.data = owner->dl_tensor.data;
     tensor.byte_offset = owner->dl_tensor.byte_offset;
   }
+  if (large) {
+    if (Block* block = kept().take(bytes)) {
+      tensor.data = block->tensor.data;
+      const int64_t capacity = block->capacity;
+      block = new (block) Block;
+      block->tensor = tensor;
+      block->capacity = capacity;
+      return block;
+    }
+  }
+  const uintptr_t alignment = large ? Kept::kPage : 64;  // torch's; by hand, since glibc is slow at aligned allocation
   void* memory = ::operator new(sizeof(Block) + (cuda ? 0 : alignment + bytes));
   if (!cuda) {
     const uintptr_t behind = reinterpret_cast<uintptr_t>(memory) + sizeof(Block);
     tensor.data = reinterpret_cast<void*>((behind + alignment - 1) / alignment * alignment);
   }
+#ifdef MADV_HUGEPAGE
+  if (large) madvise(tensor.data, bytes / Kept::kPage * Kept::kPage, MADV_HUGEPAGE);  // a wish: it may fail
+#endif
   Block* block = new (memory) Block;
   block->tensor = tensor;
   block->owner = owner;
+  block->capacity = large ? bytes : 0;
   return block;
 }
 
 struct View {
   DLManagedTensorVersioned managed;
-  int64_t sizes[2], strides[2];
+  int64_t sizes[3], strides[3];
   Block* block;
 };
 
-// A contiguous tensor of `ndim` (0 to 2) dimensions, [cols] or [rows, cols], `offset` elements into the block.
-py::object view(Block* block, int64_t offset, int ndim, int64_t rows, int64_t cols) {
-  auto* v = new View{{}, {ndim == 2 ? rows : cols, cols}, {ndim == 2 ? cols : 1, 1}, block};
+// A contiguous tensor of at most three dimensions, `offset` elements into the block.
+py::object view(Block* block, int64_t offset, int ndim, const int64_t* sizes) {
+  auto* v = new View{{}, {}, {}, block};
+  int64_t stride = 1;
+  for (int d = ndim; d-- > 0; stride *= sizes[d]) v->sizes[d] = sizes[d], v->strides[d] = stride;
   ++block->references;
   DLTensor& t = v->managed.dl_tensor;
   t = block->tensor;
@@ -83,6 +149,35 @@ py::object view(Block* block, int64_t offset, int ndim, int64_t rows, int64_t co
   void* object = nullptr;
   if (torch_.exchange->managed_tensor_to_py_object_no_sync(&v->managed, &object) != 0) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+// [cols] or [rows, cols], or of no dimension.
+py::object view(Block* block, int64_t offset, int ndim, int64_t rows, int64_t cols) {
+  const int64_t sizes[2] = {rows, cols};
+  return view(block, offset, ndim, sizes + 2 - ndim);
+}
+
+// A contiguous tensor of its own, and where its memory is. On CUDA it comes from torch's new_empty, so that
+// record_stream works on it; `like` is a tensor of that dtype and device.
+py::object new_tensor(PyObject* like, DLDataType dtype, pama::Device device, int ndim, const int64_t* sizes,
+                      void*& data) {
+  if (device.type == pama::DeviceType::kCPU) {
+    int64_t bytes = dtype.bits / 8;
+    for (int d = 0; d < ndim; ++d) bytes *= sizes[d];
+    Block* block = allocate(bytes, dtype, device);
+    py::object out = view(block, 0, ndim, sizes);
+    data = block->data();
+    block->release();
+    return out;
+  }
+  py::tuple shape(ndim);
+  for (int d = 0; d < ndim; ++d) shape[d] = py::int_(sizes[d]);
+  PyObject* arguments[] = {like, shape.ptr()};
+  auto out = py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch_.new_empty, arguments, 2, nullptr));
+  DLTensor made;
+  if (!out || torch_.exchange->dltensor_from_py_object_no_sync(out.ptr(), &made) != 0) throw py::error_already_set();
+  data = static_cast<char*>(made.data) + made.byte_offset;
+  return out;
 }
 
 // ---- The packed results: statistics, weights and value, which a Combined turns into tensors when asked. ----

@@ -4,6 +4,7 @@
 #include <ATen/dlpack.h>
 #include <pybind11/pybind11.h>
 
+#include "pama/combine.h"
 #include "pama/tensor.h"
 
 namespace py = pybind11;
@@ -122,6 +123,73 @@ bool read(PyObject* object, DLTensor& t, pama::TensorView& view, bool is_output 
   // An output whose last stride is 1 cannot be such a view by any public way, and asking takes a tenth of the call.
   if (is_output && t.ndim > 0 && t.strides[t.ndim - 1] == 1) return true;
   return !is_negative(object, view);
+}
+
+// The objectives of one argument: a tensor, or a sequence or dict of tensors.
+struct Inputs {
+  PyObject* objects[pama::kMaxObjectives];  // owned: another thread may change the list or dict they come from
+  DLTensor tensors[pama::kMaxObjectives];
+  pama::TensorView views[pama::kMaxObjectives];
+  int count = 0;
+  bool listed = true;
+  int64_t sizes[2], strides[2];  // of one objective, after split
+
+  Inputs() = default;
+  Inputs(const Inputs&) = delete;
+  Inputs& operator=(const Inputs&) = delete;
+  ~Inputs() {
+    for (int i = 0; i < count; ++i) Py_DECREF(objects[i]);
+  }
+
+  bool hold(PyObject* object) {
+    if (count == pama::kMaxObjectives) return false;
+    objects[count++] = Py_NewRef(object);
+    return true;
+  }
+
+  // All are held before the first is read: reading may let other threads run.
+  bool read_all() {
+    for (int i = 0; i < count; ++i)
+      if (!read(objects[i], tensors[i], views[i])) return false;
+    return count > 0;
+  }
+
+  // Makes the one tensor a view for each objective along its dimension `dim`; returns how many there are.
+  int split(int dim) {
+    const pama::TensorView whole = views[0];
+    if (dim < 0 || dim >= whole.ndim || whole.ndim > 3) return 0;
+    const int64_t n = whole.sizes[dim];
+    if (n < 1 || n > pama::kMaxObjectives) return 0;
+    for (int d = 0, k = 0; d < whole.ndim; ++d)
+      if (d != dim) sizes[k] = whole.sizes[d], strides[k++] = whole.strides[d];
+    const int64_t step = whole.strides[dim] * size_of(whole.dtype);
+    for (int i = 0; i < n; ++i)
+      views[i] = {static_cast<char*>(whole.data) + i * step, whole.dtype, whole.device, whole.ndim - 1, sizes, strides};
+    return static_cast<int>(n);
+  }
+
+  bool add(PyObject* advantages) {
+    listed = Py_TYPE(advantages) != torch_.tensor;
+    if (!listed) {
+      hold(advantages);
+    } else if (PyDict_CheckExact(advantages)) {
+      PyObject *key, *value;
+      for (Py_ssize_t at = 0; PyDict_Next(advantages, &at, &key, &value);)
+        if (!PyUnicode_Check(key) || !hold(value)) return false;
+    } else if (PyList_CheckExact(advantages) || PyTuple_CheckExact(advantages)) {
+      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(advantages); ++i)
+        if (!hold(PySequence_Fast_GET_ITEM(advantages, i))) return false;
+    }
+    return read_all();
+  }
+};
+
+void* current_stream(const pama::Device& device) {
+  void* stream = nullptr;
+  if (device.type == pama::DeviceType::kCUDA &&
+      torch_.exchange->current_work_stream(kDLCUDA, device.index, &stream) != 0)
+    throw py::error_already_set();
+  return stream;
 }
 
 }  // namespace

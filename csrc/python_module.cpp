@@ -7,54 +7,12 @@
 #include <cmath>
 #include <iterator>
 
+#include "eager_gae.h"
 #include "eager_results.h"
 #include "eager_tensors.h"
 #include "torch_runtime.h"
 
 namespace {
-
-struct Inputs {
-  PyObject* objects[pama::kMaxObjectives];  // owned: another thread may change the list or dict they come from
-  DLTensor tensors[pama::kMaxObjectives];
-  pama::TensorView views[pama::kMaxObjectives];
-  int count = 0;
-  bool listed = true;
-
-  Inputs() = default;
-  Inputs(const Inputs&) = delete;
-  Inputs& operator=(const Inputs&) = delete;
-  ~Inputs() {
-    for (int i = 0; i < count; ++i) Py_DECREF(objects[i]);
-  }
-
-  bool hold(PyObject* object) {
-    if (count == pama::kMaxObjectives) return false;
-    objects[count++] = Py_NewRef(object);
-    return true;
-  }
-
-  // All are held before the first is read: reading may let other threads run.
-  bool read_all() {
-    for (int i = 0; i < count; ++i)
-      if (!read(objects[i], tensors[i], views[i])) return false;
-    return count > 0;
-  }
-
-  bool add(PyObject* advantages) {
-    listed = Py_TYPE(advantages) != torch_.tensor;
-    if (!listed) {
-      hold(advantages);
-    } else if (PyDict_CheckExact(advantages)) {
-      PyObject *key, *value;
-      for (Py_ssize_t at = 0; PyDict_Next(advantages, &at, &key, &value);)
-        if (!PyUnicode_Check(key) || !hold(value)) return false;
-    } else if (PyList_CheckExact(advantages) || PyTuple_CheckExact(advantages)) {
-      for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(advantages); ++i)
-        if (!hold(PySequence_Fast_GET_ITEM(advantages, i))) return false;
-    }
-    return read_all();
-  }
-};
 
 bool read_rewards(PyObject* rewards, pama::CombineParams& p) {
   if (!PyList_CheckExact(rewards) && !PyTuple_CheckExact(rewards)) return false;
@@ -69,40 +27,18 @@ bool read_rewards(PyObject* rewards, pama::CombineParams& p) {
   return true;
 }
 
-// The tensor for the combination. On CUDA it comes from torch's new_empty, so that record_stream works on it.
+// The tensor for the combination.
 py::object new_output(const Inputs& in, int64_t dim, pama::CombineParams& p) {
   const DLTensor& first = in.tensors[0];
   const int skip = in.listed ? -1 : static_cast<int>(dim < 0 ? dim + first.ndim : dim);
-  int64_t sizes[2] = {1, 1};
+  int64_t sizes[2];
   int ndim = 0;
   for (int d = 0; d < first.ndim; ++d)
     if (d != skip) sizes[ndim++] = first.shape[d];
-  py::object out;
   void* data;
-  if (p.device.type == pama::DeviceType::kCPU) {
-    Block* block = allocate(p.tokens() * pama::size_of(p.dtype), first.dtype, p.device);
-    out = view(block, 0, ndim, sizes[0], sizes[ndim - 1]);
-    data = block->data();
-    block->release();
-  } else {
-    py::tuple shape(ndim);
-    for (int d = 0; d < ndim; ++d) shape[d] = py::int_(sizes[d]);
-    PyObject* arguments[] = {in.objects[0], shape.ptr()};
-    out = py::reinterpret_steal<py::object>(PyObject_Vectorcall(torch_.new_empty, arguments, 2, nullptr));
-    DLTensor made;
-    if (!out || torch_.exchange->dltensor_from_py_object_no_sync(out.ptr(), &made) != 0) throw py::error_already_set();
-    data = static_cast<char*>(made.data) + made.byte_offset;
-  }
+  py::object out = new_tensor(in.objects[0], first.dtype, p.device, ndim, sizes, data);
   p.out = {static_cast<char*>(data), p.cols, 1};
   return out;
-}
-
-void* current_stream(const pama::Device& device) {
-  void* stream = nullptr;
-  if (device.type == pama::DeviceType::kCUDA &&
-      torch_.exchange->current_work_stream(kDLCUDA, device.index, &stream) != 0)
-    throw py::error_already_set();
-  return stream;
 }
 
 // As torch's own in-place operators do: autograd must see that a tensor changes.
@@ -258,6 +194,12 @@ PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   return guarded([&] { return run(arguments, kInPlace); });
 }
 
+PyObject* call_gae(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != kGaeArguments)
+    return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", kGaeArguments, count);
+  return guarded([&] { return run_gae(arguments); });
+}
+
 PyObject* call_min_norm(PyObject*, PyObject* gramian) {
   return guarded([&] { return run_min_norm(gramian); });
 }
@@ -266,6 +208,7 @@ PyObject* call_min_norm(PyObject*, PyObject* gramian) {
 PyMethodDef methods[] = {
     {"combine", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call<false>)), METH_FASTCALL, nullptr},
     {"combine_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call<true>)), METH_FASTCALL, nullptr},
+    {"gae", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_gae)), METH_FASTCALL, nullptr},
     {"min_norm", call_min_norm, METH_O, nullptr},
 };
 

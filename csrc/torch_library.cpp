@@ -27,6 +27,12 @@ STABLE_TORCH_LIBRARY(pama_ext, m) {
   m.def("combine_out(Tensor[] advantages, " PAMA_COMBINE_OPTIONS ", Tensor(a!) out) -> Tensor packed");
   m.def("combine_(Tensor(a!)[] advantages, " PAMA_COMBINE_OPTIONS ") -> Tensor packed");
   m.def("min_norm(Tensor gramian) -> Tensor");  // [B, N, N] -> [B, N]
+  // rewards, values, bootstrap: a tensor for each objective, [B, T] (with offsets [total]), rewards and bootstrap also
+  // [B] ([S]). gamma, lam: [N], as tensors or as numbers. The results have the objectives at dim.
+  m.def(
+      "gae(Tensor[] rewards, Tensor[] values, int dim, Tensor? mask, Tensor? gamma, float[] gamma_values, "
+      "Tensor? lam, float[] lam_values, Tensor? kl_penalty, Tensor[] bootstrap, Tensor? offsets) "
+      "-> (Tensor advantages, Tensor returns)");
 }
 
 namespace {
@@ -185,12 +191,68 @@ Tensor min_norm(Tensor gramian) {
   return weights;
 }
 
+ScalarType scalar_type(pama::DType t) {
+  switch (t) {
+    case pama::DType::kFloat64: return ScalarType::Double;
+    case pama::DType::kFloat16: return ScalarType::Half;
+    case pama::DType::kBFloat16: return ScalarType::BFloat16;
+    default: return ScalarType::Float;
+  }
+}
+
+std::tuple<Tensor, Tensor> gae(Tensors rewards, Tensors values, int64_t dim, MaybeTensor mask, MaybeTensor gamma,
+                               std::vector<double> gamma_values, MaybeTensor lam, std::vector<double> lam_values,
+                               MaybeTensor kl_penalty, Tensors bootstrap, MaybeTensor offsets) {
+  const size_t n = values.size();
+  if (n < 1 || n > pama::kMaxObjectives) throw std::invalid_argument("values: expected 1 to 64 tensors");
+  if (rewards.size() != n) throw std::invalid_argument("rewards: expected one tensor for each of values");
+  if (!bootstrap.empty() && bootstrap.size() != n)
+    throw std::invalid_argument("bootstrap: expected one tensor for each of values");
+  pama::TensorView reward_views[pama::kMaxObjectives], value_views[pama::kMaxObjectives],
+      bootstrap_views[pama::kMaxObjectives], others[5];
+  for (size_t i = 0; i < n; ++i) {
+    reward_views[i] = view(rewards[i]);
+    value_views[i] = view(values[i]);
+    if (!bootstrap.empty()) bootstrap_views[i] = view(bootstrap[i]);
+  }
+  const MaybeTensor* given[5] = {&mask, &gamma, &lam, &kl_penalty, &offsets};
+  const pama::TensorView* optional[5] = {};
+  for (int k = 0; k < 5; ++k)
+    if (given[k]->has_value()) optional[k] = &(others[k] = view(given[k]->value()));
+
+  pama::GaeParams params;
+  if (const char* problem =
+          pama::plan_gae({reward_views, value_views, bootstrap.empty() ? nullptr : bootstrap_views, static_cast<int>(n),
+                          optional[0], optional[1], optional[2], optional[3], optional[4], static_cast<int>(dim)},
+                         params))
+    throw std::invalid_argument(problem);
+  for (const bool is_gamma : {true, false}) {
+    pama::PerObjective& to = is_gamma ? params.gamma : params.lam;
+    const std::vector<double>& numbers = is_gamma ? gamma_values : lam_values;
+    if (to.data) continue;
+    if (numbers.size() != n) throw std::invalid_argument("gamma, lam: expected one number per objective");
+    for (size_t i = 0; i < n; ++i) to.values[i] = numbers[i];
+  }
+
+  std::vector<int64_t> sizes(values[0].sizes().begin(), values[0].sizes().end());
+  sizes.insert(sizes.begin() + dim, static_cast<int64_t>(n));
+  const auto make = [&] {
+    return torch::stable::empty(sizes, scalar_type(params.dtype), std::nullopt, values[0].device());
+  };
+  const Tensor advantages = make(), returns = make();
+  params.advantages.data = static_cast<char*>(advantages.data_ptr());
+  params.returns.data = static_cast<char*>(returns.data_ptr());
+  pama::run_gae(params, current_stream(params.device));
+  return {advantages, returns};
+}
+
 template <class Library>
 void register_kernels(Library& m) {
   m.impl("combine", TORCH_BOX(&combine));
   m.impl("combine_out", TORCH_BOX(&combine_out));
   m.impl("combine_", TORCH_BOX(&combine_));
   m.impl("min_norm", TORCH_BOX(&min_norm));
+  m.impl("gae", TORCH_BOX(&gae));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/c/shim.h>
 
 #include "pama/combine.h"
+#include "pama/gae.h"
 
 // In libtorch_cuda; null in a CPU-only torch, where nothing calls it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -25,6 +26,14 @@ inline int64_t combine_workspace(const CombineParams& params) {
 #endif
   (void)params;
   return 0;
+}
+
+inline void run_gae(const GaeParams& params, void* stream) {
+#ifdef PAMA_WITH_CUDA
+  if (params.device.type == DeviceType::kCUDA) return launch_gae_cuda(params, stream);
+#endif
+  (void)stream;
+  launch_gae_cpu(params, torch_parallel_for);
 }
 
 inline void run_min_norm(const MinNormParams& params, void* stream) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +66,8 @@ def tensors(
             raise ValueError(f"{name}: expected the shape of one objective {_list(shape)}, got {_list(tensor.shape)}")
         if tensor.device != first.device:
             raise ValueError(f"{name}: expected device {first.device} as advantages, got {tensor.device}")
-    if mask is not None and (mask.is_complex() or (mask.dtype not in FLOATING and mask.is_floating_point())):
-        raise TypeError(f"mask: expected a bool, integer or floating tensor, got {mask.dtype}")
+    if mask is not None:
+        _mask_dtype(mask)
     if log_ratio is not None and log_ratio.dtype not in FLOATING:
         raise TypeError(f"log_ratio: expected a floating tensor, got {log_ratio.dtype}")
     _rewards(reward_weights, first, n)
@@ -79,6 +79,84 @@ def tensors(
     if in_place and any(t.requires_grad for t in advantages):
         raise ValueError("advantages: expected tensors that do not require grad, as they are written in place")
     return shape, n
+
+
+def gae(rewards: Any, values: Any, dim: Any, mask: Any, kl_penalty: Any, bootstrap: Any, offsets: Any) -> int:
+    """Check the tensors of ``gae`` and return the dimension of the objectives, from 0 on."""
+    if isinstance(dim, bool) or not isinstance(dim, Integral):
+        raise TypeError(f"dim: expected an int, got {kind_of(dim)}")
+    time = 2 if offsets is None else 1  # dimensions of one objective
+    axis = int(dim)
+    if not -time - 1 <= axis <= time:
+        raise ValueError(f"dim: expected from {-time - 1} to {time}, got {dim}")
+    axis %= time + 1
+
+    tokens, n, first = _per_objective_shape("values", values, axis, time)
+    if len(tokens) != time:
+        want = "[B, T, N], or N tensors [B, T]" if time == 2 else "[total, N] with offsets, or N tensors [total]"
+        raise ValueError(f"values: expected {want}, got {_form(values)}")
+    if not 1 <= n <= MAX_OBJECTIVES:
+        raise ValueError(f"values: expected from 1 to {MAX_OBJECTIVES} objectives, got {n}")
+    if first.device.type == "cuda" and not _C.cuda_architectures():
+        raise ValueError(f"values: on {first.device}, but this build has no CUDA kernels (see PAMA_EXT_CUDA)")
+    if first.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"values: expected a CPU or CUDA tensor, got {first.device}")
+    sequences = tokens[0] if offsets is None else _offsets(offsets, tokens[0], first)
+
+    for name, argument, shapes in (
+        ("rewards", rewards, (list(tokens), [sequences])),
+        ("bootstrap", bootstrap, ([sequences],)),
+    ):
+        if argument is None and name == "bootstrap":
+            continue
+        shape, count, tensor = _per_objective_shape(name, argument, axis, time)
+        if count != n:
+            raise ValueError(f"{name}: expected {n} objectives as in values, got {count}")
+        if list(shape) not in shapes:
+            want = " or ".join(map(str, shapes))
+            raise ValueError(f"{name}: expected {want} for each objective, got {list(shape)}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device} as values, got {tensor.device}")
+        if isinstance(argument, Mapping) and isinstance(values, Mapping) and set(argument) != set(values):
+            raise ValueError(f"{name}: expected the keys of values {list(values)}, got {list(argument)}")
+
+    for name, tensor in (("mask", mask), ("kl_penalty", kl_penalty)):
+        if tensor is None:
+            continue
+        strided_tensor(name, tensor)
+        if tensor.shape != tokens:
+            raise ValueError(f"{name}: expected the shape of one objective {_list(tokens)}, got {_list(tensor.shape)}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device} as values, got {tensor.device}")
+    if mask is not None:
+        _mask_dtype(mask)
+    if kl_penalty is not None and kl_penalty.dtype not in FLOATING:
+        raise TypeError(f"kl_penalty: expected a floating tensor, got {kl_penalty.dtype}")
+    return axis
+
+
+def per_objective(name: str, value: Any, n: int, first: Tensor) -> tuple[Tensor | None, list[float]]:
+    """Check ``gamma`` or ``lam``; return it as a tensor or as N numbers."""
+    if isinstance(value, Tensor):
+        strided_tensor(name, value)
+        if value.dtype not in FLOATING:
+            raise TypeError(f"{name}: expected a floating tensor, got {value.dtype}")
+        if value.shape != (n,):
+            raise ValueError(f"{name}: expected shape [{n}], got {_list(value.shape)}")
+        if value.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device} as values, got {value.device}")
+        return value, []
+    if isinstance(value, (str, bytes)) or not isinstance(value, (Real, Sequence)):
+        raise TypeError(f"{name}: expected a float, {n} floats or a tensor, got {kind_of(value)}")
+    numbers = [value] * n if isinstance(value, Real) else list(value)
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise TypeError(f"{name}: expected floats, got {kind_of(number)}")
+        if not 0 <= float(number) <= 1:
+            raise ValueError(f"{name}: expected from 0 to 1, got {number}")
+    if len(numbers) != n:
+        raise ValueError(f"{name}: expected one per objective ({n}), got {len(numbers)}")
+    return None, [float(number) for number in numbers]
 
 
 def gramian(matrix: Any) -> None:
@@ -144,13 +222,72 @@ def groups(normalize: Normalize, rows: int, first: Tensor, in_place: bool) -> No
             raise ValueError(f"normalize: expected {name} on {first.device} as advantages, got {tensor.device}")
     if ids is not None and ids.shape[0] != rows:
         raise ValueError(f"normalize: expected one of group_ids for each of {rows} rows, got {ids.shape[0]}")
-    # A GPU's are not looked at; while tracing there is nothing to look at, and the operator does later.
-    if offsets is not None and type(offsets) is Tensor and offsets.is_cpu and not torch.compiler.is_compiling():
+    if offsets is not None:
+        _ascending("normalize: expected group_offsets", offsets, rows)
+
+
+def _per_objective_shape(name: str, argument: Any, dim: int, time: int) -> tuple[torch.Size, int, Tensor]:
+    """Shape of one objective of an argument of ``gae``, how many there are, and a tensor of them."""
+    if isinstance(argument, Tensor):
+        tensors, labels = [argument], [name]
+    elif isinstance(argument, Mapping):
+        tensors, labels = list(argument.values()), [f"{name}[{key!r}]" for key in argument]
+    elif isinstance(argument, Sequence) and not isinstance(argument, (str, bytes)):
+        tensors, labels = list(argument), [f"{name}[{i}]" for i in range(len(argument))]
+    else:
+        raise TypeError(f"{name}: expected a tensor, or a sequence or dict of tensors, got {kind_of(argument)}")
+    if not tensors:
+        raise ValueError(f"{name}: expected at least one objective, got none")
+    for label, tensor in zip(labels, tensors, strict=True):
+        strided_tensor(label, tensor)
+        if tensor.dtype not in FLOATING:
+            raise TypeError(f"{label}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
+        for what in ("shape", "dtype", "device"):
+            ours, theirs = getattr(tensor, what), getattr(tensors[0], what)
+            if ours != theirs:
+                kind = TypeError if what == "dtype" else ValueError
+                raise kind(f"{label}: expected one {what} for all, got {theirs} before and {ours}")
+    first = tensors[0]
+    if not isinstance(argument, Tensor):
+        return first.shape, len(tensors), first
+    if first.dim() not in (2, time + 1):
+        want = "[B, T, N] or [B, N]" if time == 2 else "two dimensions with offsets"
+        raise ValueError(f"{name}: expected {want}, got {_list(first.shape)}")
+    dim = min(dim, 1) if first.dim() == 2 else dim
+    return first.shape[:dim] + first.shape[dim + 1 :], first.shape[dim], first
+
+
+def _form(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        return _list(argument.shape)
+    tensors = list(argument.values() if isinstance(argument, Mapping) else argument)
+    return f"{len(tensors)} tensors {_list(tensors[0].shape)}"
+
+
+def _offsets(offsets: Any, total: int, first: Tensor) -> int:
+    strided_tensor("offsets", offsets)
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"offsets: expected int32 or int64, got {offsets.dtype}")
+    if offsets.dim() != 1 or offsets.shape[0] < 1:
+        raise ValueError(f"offsets: expected [S + 1], got {_list(offsets.shape)}")
+    if offsets.device != first.device:
+        raise ValueError(f"offsets: expected device {first.device} as values, got {offsets.device}")
+    _ascending("offsets: expected offsets", offsets, total)
+    sequences: int = offsets.shape[0] - 1
+    return sequences
+
+
+def _ascending(expected: str, offsets: Tensor, last: int) -> None:
+    """Check offsets on the CPU; while tracing there is nothing to look at, and the operator does later."""
+    if type(offsets) is Tensor and offsets.is_cpu and not torch.compiler.is_compiling():
         values = offsets.tolist()
-        if values[0] != 0 or values[-1] != rows or any(a > b for a, b in itertools.pairwise(values)):
-            raise ValueError(
-                f"normalize: expected group_offsets that start at 0, ascend and end at {rows}, got {values}"
-            )
+        if values[0] != 0 or values[-1] != last or any(a > b for a, b in itertools.pairwise(values)):
+            raise ValueError(f"{expected} that start at 0, ascend and end at {last}, got {values}")
+
+
+def _mask_dtype(mask: Tensor) -> None:
+    if mask.is_complex() or (mask.dtype not in FLOATING and mask.is_floating_point()):
+        raise TypeError(f"mask: expected a bool, integer or floating tensor, got {mask.dtype}")
 
 
 def _rewards(reward_weights: Any, first: Tensor, n: int) -> None:

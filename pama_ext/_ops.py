@@ -20,7 +20,7 @@ except ImportError as error:
 STATISTICS = 10  # fields of ObjectiveStats, rows of the packed statistics
 
 _library = torch.library.Library("pama_ext", "FRAGMENT")
-OPERATORS = ("combine", "combine_out", "combine_", "min_norm")
+OPERATORS = ("combine", "combine_out", "combine_", "min_norm", "gae")
 
 
 def _packed(advantages: list[Tensor], dim: int | None, arguments: tuple[Any, ...]) -> Tensor:
@@ -55,6 +55,14 @@ def _(advantages: list[Tensor], dim: int | None, *arguments: Any) -> Tensor:
 def _(gramian: Tensor) -> Tensor:
     wide = gramian.dtype == torch.float64
     return gramian.new_empty(gramian.shape[:-1], dtype=torch.float64 if wide else torch.float32)
+
+
+@torch.library.register_fake("pama_ext::gae", lib=_library)
+def _(rewards: list[Tensor], values: list[Tensor], dim: int, *arguments: Any) -> tuple[Tensor, Tensor]:
+    first = values[0]
+    shape = (*first.shape[:dim], len(values), *first.shape[dim:])
+    dtype = torch.promote_types(rewards[0].dtype, first.dtype)
+    return first.new_empty(shape, dtype=dtype), first.new_empty(shape, dtype=dtype)
 
 
 # Advantages are constants of the policy gradient: no output requires grad, whatever the inputs do.

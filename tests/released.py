@@ -15,6 +15,7 @@ import sys
 import textwrap
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -78,6 +79,14 @@ def verl_gdpo(rewards: list[list[float | None]], mask: Tensor, ids: Tensor, weig
     return core_algos.compute_gdpo_outcome_advantage(
         torch.zeros(mask.shape), mask, index, config=config, non_tensor_batch=scores, batch=batch
     )[0]
+
+
+def verl_gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """verl 0.9.1: advantages and returns ``[B, T]``, without the whitening at the end."""
+    from verl.trainer.ppo import core_algos
+
+    with mock.patch.object(core_algos.verl_F, "masked_whiten", lambda x, mask: x):
+        return core_algos.compute_gae_advantage_return(rewards, values, mask, gamma, lam)
 
 
 def verl_whiten(values: Tensor, mask: Tensor) -> Tensor:

@@ -38,6 +38,15 @@ def samples(op: str, device: torch.device) -> list[tuple]:
     ]
     if op == "min_norm":
         return [(torch.eye(3, device=device).repeat(4, 1, 1),), (torch.ones(0, 2, 2, device=device).double(),)]
+    if op == "gae":
+        score = torch.ones(4, device=device)
+        plain = (columns, columns, 2, None, None, [0.9] * 3, None, [0.95] * 3, None, [], None)
+        full = (columns, columns, 1, mask, torch.ones(3, device=device), [], torch.ones(3, device=device), [], ratio,
+                [score] * 3, None)  # fmt: skip
+        flat = [c.bfloat16().flatten() for c in columns]
+        offsets = torch.tensor([0, 4, 4, 24], device=device)
+        packed = ([score[:3]] * 3, flat, 0, mask.flatten(), None, [1.0] * 3, None, [1.0] * 3, None, [], offsets)
+        return [plain, full, packed]
     if op == "combine_out":
         return [(*call, torch.empty(4, 6, dtype=call[0][0].dtype, device=device)) for call in calls]
     return {"combine": calls, "combine_": calls}[op]
@@ -60,7 +69,7 @@ def test_opcheck(op, device):
 
 
 def test_there_are_operators():
-    assert operators() == ["combine", "combine_", "combine_out", "min_norm"]
+    assert operators() == ["combine", "combine_", "combine_out", "gae", "min_norm"]
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -100,24 +100,6 @@ def test_options_out_of_range_are_refused(
     assert "must be positive" in capsys.readouterr().err
 
 
-def test_gae_is_the_discounted_sum_of_temporal_differences(rollouts: ModuleType) -> None:
-    """Against A(t) = sum_l (gamma lambda)^l delta(t + l) over the valid tokens of each row, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    rewards, values = (torch.randn(4, 7, 3, generator=generator, dtype=torch.float64) for _ in range(2))
-    lengths = torch.tensor([7, 1, 4, 6])
-    mask = torch.arange(7) < lengths[:, None]
-    advantages, returns = rollouts.gae(rewards, values, mask)
-    expected = torch.zeros_like(advantages)
-    for b, length in enumerate(lengths.tolist()):
-        for t in range(length):
-            for later in range(t, length):
-                following = values[b, later + 1] if later + 1 < length else 0.0
-                delta = rewards[b, later] + rollouts.GAMMA * following - values[b, later]
-                expected[b, t] += (rollouts.GAMMA * rollouts.LAMBDA) ** (later - t) * delta
-    torch.testing.assert_close(advantages, expected)
-    torch.testing.assert_close(returns, expected + values * mask[..., None])
-
-
 def test_log_probs_are_those_of_the_completion_tokens(rollouts: ModuleType) -> None:
     logits, tokens = torch.randn(2, 6, 5), torch.randint(5, (2, 6))
     found = rollouts.token_log_probs(logits, tokens)

@@ -12,12 +12,10 @@
 #include "groups.h"
 #include "isa.h"
 #include "pama/solve.h"
+#include "parts.h"
 
 namespace pama {
 namespace {
-
-constexpr int64_t kElementsPerPart = 32 * 1024;  // about 5 us of work: below two of these, threads do not pay
-constexpr int64_t kMaxParts = 64;
 
 // Those this machine can run, the best first.
 std::vector<const CpuKernels*> usable_kernels() {
@@ -41,26 +39,6 @@ struct Part {
   Moments moments[kMaxObjectives];
   TokenShares shares;
 };
-
-// f(part, first, last) for each of `parts` equal cuts of [0, units), on torch's threads if there is more than one.
-template <class F>
-void for_parts(ParallelFor parallel_for, int64_t parts, int64_t units, const F& f) {
-  struct Context {
-    const F& f;
-    int64_t parts, units;
-  } context{f, parts, units};
-  auto run = [](int64_t begin, int64_t end, void* opaque) {
-    const Context& c = *static_cast<Context*>(opaque);
-    const int64_t size = c.units / c.parts, rest = c.units % c.parts;
-    for (int64_t i = begin; i < end; ++i) c.f(i, i * size + std::min(i, rest), (i + 1) * size + std::min(i + 1, rest));
-  };
-  if (parts == 1) return run(0, 1, &context);
-  if (parallel_for(0, parts, 1, run, &context) != 0) throw std::runtime_error("torch_parallel_for failed");
-}
-
-int64_t parts_for(const CombineParams& p, int64_t units) {
-  return std::clamp<int64_t>(std::min(p.tokens() * p.n / kElementsPerPart, units), 1, kMaxParts);
-}
 
 // A view of the problem whose samples are the scores of the rows, or the combined advantage.
 CombineParams samples_of(const CombineParams& p, int n, const MomentRules& rules, Pool by) {
@@ -97,7 +75,7 @@ class Run {
       CombineParams q = p;
       q.order = nullptr;
       q.sums = sums.get();
-      for_parts(parallel_for, parts_for(p, p.batch), p.batch,
+      for_parts(parallel_for, parts_for(p.tokens() * p.n, p.batch), p.batch,
                 [&](int64_t, int64_t first, int64_t last) { kernels.sum_rows(q, first, last); });
     }
     const Pool by = p.normalize.by;
@@ -124,7 +102,7 @@ class Run {
   // The maps of q's pools; how many of them give only 0 is added to dead[n].
   void measure(const CombineParams& q, int64_t* dead_pools) {
     const bool groups = q.normalize.by == Pool::kGroup;
-    const int64_t units = groups ? q.groups : q.tokens(), parts = parts_for(q, units);
+    const int64_t units = groups ? q.groups : q.tokens(), parts = parts_for(q.tokens() * q.n, units);
     const std::unique_ptr<Moments[]> moments(new Moments[parts * q.n]);
     std::fill(moments.get(), moments.get() + parts * q.n, Moments::empty());
     for_parts(parallel_for, parts, units, [&](int64_t k, int64_t first, int64_t last) {
@@ -143,7 +121,7 @@ class Run {
   void combine() {
     const bool pooled = p.level == Level::kSequence || p.level == Level::kGroup;
     const int64_t units = p.measures ? p.groups : pooled ? p.pools() : p.tokens();
-    const int64_t parts = parts_for(p, units), grams = p.solver == Solver::kMinNorm ? p.n * p.n + 1 : 0;
+    const int64_t parts = parts_for(p.tokens() * p.n, units), grams = p.solver == Solver::kMinNorm ? p.n * p.n + 1 : 0;
     Part one;
     const std::unique_ptr<Part[]> many(parts > 1 ? new Part[parts] : nullptr);
     const std::unique_ptr<double[]> gram(grams ? new double[parts * grams]() : nullptr);
@@ -174,7 +152,7 @@ class Run {
       value = mean_shares(part, parts, weights);
     } else {
       value = solve_pool(p, part[0].moments, gram.get(), weights);
-      for_parts(parallel_for, parts_for(p, p.tokens()), p.tokens(),
+      for_parts(parallel_for, parts_for(p.tokens() * p.n, p.tokens()), p.tokens(),
                 [&](int64_t, int64_t first, int64_t last) { kernels.weigh(p, first, last, weights); });
     }
     C* out = packed + kStatistics * p.n;
@@ -212,7 +190,7 @@ class Run {
     q.affine = map.get();
     int64_t unused[1] = {};
     measure(q, unused);
-    for_parts(parallel_for, parts_for(q, q.tokens()), q.tokens(),
+    for_parts(parallel_for, parts_for(q.tokens() * q.n, q.tokens()), q.tokens(),
               [&](int64_t, int64_t first, int64_t last) { kernels.rewrite(q, first, last); });
   }
 
@@ -225,6 +203,8 @@ class Run {
 };
 
 }  // namespace
+
+const CpuKernels& active_kernels() { return *active(); }
 
 const char* cpu_instructions() { return active().load()->name; }
 

@@ -33,7 +33,8 @@ class Kernel : Observer<C> {
   using Observer<C>::vec;
 
  public:
-  explicit Kernel(const CombineParams& params) : Observer<C>(params), adjacent(interleaved(params)) {}
+  explicit Kernel(const CombineParams& params)
+      : Observer<C>(params), adjacent(interleaved(params.advantages, params.n, params.dtype)) {}
 
   // Statistics of the tokens [first, last), merged into moments[n], and into the Gram matrix if there is one.
   template <class S>
@@ -116,7 +117,7 @@ class Kernel : Observer<C> {
     tiles(first, last, [&](int64_t t, int count) {
       load_valid(p, t, count, tile);
       fill(tile.out, 0, count + kLanes - 1, C{0});
-      if (together) load_objectives<S>(p, true, t, count, tile.x, stride);
+      if (together) load_objectives<S>(p, p.advantages, true, t, count, tile.x, stride);
       if (mark) fill(tile.taken, 0, count + kLanes - 1, 0);
       for (int i = 0; i < p.n; ++i) {
         const C weight = static_cast<C>(weights[i]);
@@ -196,7 +197,7 @@ class Kernel : Observer<C> {
 
   template <class S>
   void load_all(int64_t t, int count) {
-    if (!p.sums) return load_objectives<S>(p, adjacent, t, count, tile.x, stride);
+    if (!p.sums) return load_objectives<S>(p, p.advantages, adjacent, t, count, tile.x, stride);
     for (int i = 0; i < p.n; ++i) load_objective<S>(i, t, count, tile.x + i * stride);
   }
 
@@ -210,7 +211,7 @@ class Kernel : Observer<C> {
   template <class S>
   void load_samples(int64_t t, int count) {
     load_valid(p, t, count, tile);
-    load_objectives<S>(p, adjacent, t, count, tile.x, stride);
+    load_objectives<S>(p, p.advantages, adjacent, t, count, tile.x, stride);
     if (!p.absent_zero) return;
     for (int k = 0; k < count; ++k) tile.valid[k] = tile.x[k] == 0 && __builtin_signbit(tile.x[k]) ? 0 : -1;
   }
@@ -423,11 +424,6 @@ void rewrite(const CombineParams& p, int64_t first, int64_t last) {
 }
 
 }  // namespace
-
-#define PAMA_STRING(x) #x
-#define PAMA_NAME(x) PAMA_STRING(x)
-
-const CpuKernels kernels = {PAMA_NAME(PAMA_ISA), scan, weigh, tokens, pools, moments, measure, sum_rows, rewrite};
 
 }  // namespace PAMA_ISA
 }  // namespace pama

@@ -1,7 +1,8 @@
-// The CPU kernel's entry points, one set per instruction set; combine.cpp chooses one when first called.
+// The CPU kernels' entry points, one set per instruction set; combine.cpp chooses one when first called.
 #pragma once
 
 #include "pama/combine.h"
+#include "pama/gae.h"
 #include "pama/moments.h"
 
 namespace pama {
@@ -25,7 +26,10 @@ struct CpuKernels {
   void (*measure)(const CombineParams&, int64_t first, int64_t last, Moments*);              // groups
   void (*sum_rows)(const CombineParams&, int64_t first, int64_t last);                       // rows
   void (*rewrite)(const CombineParams&, int64_t first, int64_t last);
+  void (*gae)(const GaeParams&, int64_t first, int64_t last);  // whole sequences
 };
+
+const CpuKernels& active_kernels();  // of the best instruction set that this machine has
 
 // Weights of one pool of tokens; returns s*. Compiled once, for every machine.
 double solve_pool(const CombineParams& p, const Moments* moments, const double* gram, double* weights);

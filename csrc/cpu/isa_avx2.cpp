@@ -2,5 +2,5 @@
 #if defined(__x86_64__)
 #define PAMA_ISA avx2
 #define PAMA_VECTOR_BYTES 32
-#include "combine_kernel.h"
+#include "isa_kernels.h"
 #endif

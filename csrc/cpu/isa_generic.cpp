@@ -1,4 +1,4 @@
 // 16-byte vectors: SSE2 on x86-64, NEON on Arm.
 #define PAMA_ISA generic
 #define PAMA_VECTOR_BYTES 16
-#include "combine_kernel.h"
+#include "isa_kernels.h"

@@ -54,21 +54,23 @@ struct Tile {
 };
 
 // Calls f(row, col, done, m) for each run of m tokens, within one row, of the tokens [first, first + count).
-template <class F>
-inline __attribute__((always_inline)) void for_runs(const CombineParams& p, int64_t first, int count, F f) {
-  if (p.order) {  // rows stand where the order says
-    const int64_t length = p.row_tokens;
-    int64_t k = first / length, col = first - k * length;
-    for (int done = 0; done < count; ++k, col = 0) {
-      const int m = length == 1 ? 1 : static_cast<int>(smaller<int64_t>(count - done, length - col));
-      if (p.rows == 1) {
-        f(0, p.order[k] * length + col, done, m);
-      } else {
-        f(p.order[k], col, done, m);
+template <class Params, class F>
+inline __attribute__((always_inline)) void for_runs(const Params& p, int64_t first, int count, F f) {
+  if constexpr (requires { p.order; }) {
+    if (p.order) {  // rows stand where the order says
+      const int64_t length = p.row_tokens;
+      int64_t k = first / length, col = first - k * length;
+      for (int done = 0; done < count; ++k, col = 0) {
+        const int m = length == 1 ? 1 : static_cast<int>(smaller<int64_t>(count - done, length - col));
+        if (p.rows == 1) {
+          f(0, p.order[k] * length + col, done, m);
+        } else {
+          f(p.order[k], col, done, m);
+        }
+        done += m;
       }
-      done += m;
+      return;
     }
-    return;
   }
   int64_t row = p.rows == 1 ? 0 : first / p.cols, col = first - row * p.cols;
   for (int done = 0; done < count; ++row, col = 0) {
@@ -90,8 +92,8 @@ void load_run(const S* __restrict src, int64_t step, int m, C* __restrict dst) {
   for (int k = 0; k < m; ++k) dst[k] = Storage<S>::load(src[k * step]);
 }
 
-template <class S, class C>
-void load_plane(const CombineParams& p, const Plane& q, int64_t first, int count, C* dst) {
+template <class S, class C, class Params>
+void load_plane(const Params& p, const Plane& q, int64_t first, int count, C* dst) {
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
     const S* src = at<const S>(q, row, col);
     switch (q.col) {
@@ -104,8 +106,8 @@ void load_plane(const CombineParams& p, const Plane& q, int64_t first, int count
   });
 }
 
-template <class S, class C>
-void store_plane(const CombineParams& p, const Plane& q, int64_t first, int count, const C* src) {
+template <class S, class C, class Params>
+void store_plane(const Params& p, const Plane& q, int64_t first, int count, const C* src) {
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
     S* __restrict to = at<S>(q, row, col);
     const C* __restrict from = src + done;
@@ -165,24 +167,26 @@ void deinterleave(const S* __restrict src, int m, int n, C* __restrict dst, int 
   }
 }
 
-inline bool interleaved(const CombineParams& p) {
-  const Plane& q = p.advantages[0];
-  if (p.n == 1 || q.col != p.n) return false;
-  for (int i = 1; i < p.n; ++i) {
-    const Plane& r = p.advantages[i];
-    if (r.data != q.data + i * size_of(p.dtype) || r.row != q.row || r.col != q.col) return false;
+// Whether the objectives of a token stand side by side.
+inline bool interleaved(const Plane* planes, int n, DType dtype) {
+  const Plane& q = planes[0];
+  if (n == 1 || q.col != n) return false;
+  for (int i = 1; i < n; ++i) {
+    const Plane& r = planes[i];
+    if (r.data != q.data + i * size_of(dtype) || r.row != q.row || r.col != q.col) return false;
   }
   return true;
 }
 
-template <class S, class C>
-void load_objectives(const CombineParams& p, bool adjacent, int64_t first, int count, C* dst, int stride) {
+template <class S, class C, class Params>
+void load_objectives(const Params& p, const Plane* planes, bool adjacent, int64_t first, int count, C* dst,
+                     int stride) {
   if (!adjacent) {
-    for (int i = 0; i < p.n; ++i) load_plane<S>(p, p.advantages[i], first, count, dst + i * stride);
+    for (int i = 0; i < p.n; ++i) load_plane<S>(p, planes[i], first, count, dst + i * stride);
     return;
   }
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
-    const S* src = at<const S>(p.advantages[0], row, col);
+    const S* src = at<const S>(planes[0], row, col);
     C* to = dst + done;
     switch (p.n) {
       case 2: return deinterleave<2>(src, m, 2, to, stride);
@@ -197,8 +201,8 @@ void load_objectives(const CombineParams& p, bool adjacent, int64_t first, int c
   });
 }
 
-template <class U, class I>
-void load_mask(const CombineParams& p, int64_t first, int count, U significant, I* valid) {
+template <class U, class I, class Params>
+void load_mask_as(const Params& p, int64_t first, int count, U significant, I* valid) {
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
     const U* __restrict src = at<const U>(p.mask, row, col);
     I* __restrict to = valid + done;
@@ -210,20 +214,25 @@ void load_mask(const CombineParams& p, int64_t first, int count, U significant, 
   });
 }
 
-// The mask as it is: an entry is valid if any bit is set, the sign of a floating zero apart.
+// The mask as it is (see is_set): -1 where valid, else 0.
+template <class I, class Params>
+void load_mask(const Params& p, int64_t first, int count, I* valid) {
+  const bool sign = is_float(p.mask_dtype);
+  switch (size_of(p.mask_dtype)) {
+    case 1: return load_mask_as<uint8_t>(p, first, count, 0xff, valid);
+    case 2: return load_mask_as<uint16_t>(p, first, count, sign ? 0x7fff : 0xffff, valid);
+    case 4: return load_mask_as<uint32_t>(p, first, count, sign ? 0x7fffffffu : 0xffffffffu, valid);
+    default: return load_mask_as<uint64_t>(p, first, count, sign ? ~(uint64_t{1} << 63) : ~uint64_t{0}, valid);
+  }
+}
+
 template <class C>
 void load_valid(const CombineParams& p, int64_t first, int count, Tile<C>& tile) {
   constexpr int lanes = Simd<C>::lanes;
-  if (!p.mask.data) {
-    fill(tile.valid, 0, count, -1);
+  if (p.mask.data) {
+    load_mask(p, first, count, tile.valid);
   } else {
-    const bool sign = is_float(p.mask_dtype);
-    switch (size_of(p.mask_dtype)) {
-      case 1: load_mask<uint8_t>(p, first, count, 0xff, tile.valid); break;
-      case 2: load_mask<uint16_t>(p, first, count, sign ? 0x7fff : 0xffff, tile.valid); break;
-      case 4: load_mask<uint32_t>(p, first, count, sign ? 0x7fffffffu : 0xffffffffu, tile.valid); break;
-      default: load_mask<uint64_t>(p, first, count, sign ? ~(uint64_t{1} << 63) : ~uint64_t{0}, tile.valid);
-    }
+    fill(tile.valid, 0, count, -1);
   }
   fill(tile.valid, count, (count + lanes - 1) / lanes * lanes, 0);
 }

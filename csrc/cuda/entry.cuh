@@ -53,25 +53,12 @@ __device__ T element(const Plane& q, const Token& t) {
   return reinterpret_cast<const T*>(q.data)[t.row * q.row + t.col * q.col];
 }
 
-// The mask as it is: an entry is valid if any bit is set, the sign of a floating zero apart.
 __device__ inline bool is_valid(const CombineParams& p, const Token& t) {
-  if (!p.mask.data) return true;
-  const bool sign = is_float(p.mask_dtype);
-  switch (size_of(p.mask_dtype)) {
-    case 1: return element<uint8_t>(p.mask, t) != 0;
-    case 2: return (element<uint16_t>(p.mask, t) & (sign ? 0x7fff : 0xffff)) != 0;
-    case 4: return (element<uint32_t>(p.mask, t) & (sign ? 0x7fffffffu : 0xffffffffu)) != 0;
-    default: return (element<uint64_t>(p.mask, t) & (sign ? ~(uint64_t{1} << 63) : ~uint64_t{0})) != 0;
-  }
+  return !p.mask.data || is_set(p.mask.data, p.mask_dtype, t.row * p.mask.row + t.col * p.mask.col);
 }
 
 __device__ inline double log_ratio_at(const CombineParams& p, const Token& t) {
-  switch (p.log_ratio_dtype) {
-    case DType::kFloat32: return element<float>(p.log_ratio, t);
-    case DType::kFloat64: return element<double>(p.log_ratio, t);
-    case DType::kFloat16: return to_float(element<Half>(p.log_ratio, t));
-    default: return to_float(element<BFloat16>(p.log_ratio, t));
-  }
+  return float_at(p.log_ratio.data, p.log_ratio_dtype, t.row * p.log_ratio.row + t.col * p.log_ratio.col);
 }
 
 __device__ inline Token token_at(const CombineParams& p, int64_t index) {

@@ -63,7 +63,7 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   State state = State::kReady;
-  double exchange;  // what __shfl_xor_sync shows the others
+  double exchange;  // what a shuffle shows the others
 };
 
 inline unsigned order = 0;  // 0: ascending, 1: descending, else the seed of a shuffle
@@ -144,13 +144,28 @@ inline void run_block(int block, int blocks, int threads, const void* kernel, co
 
 inline void __syncthreads() { host::wait(host::State::kBlock); }
 inline void __syncwarp() { host::wait(host::State::kWarp); }
-inline double __shfl_xor_sync(unsigned, double x, int offset) {
+inline double shuffle(double x, int from) {
   (*host::fibers)[threadIdx.x].exchange = x;
   __syncwarp();
-  const double other = (*host::fibers)[threadIdx.x ^ offset].exchange;
+  const double other = (*host::fibers)[from].exchange;
   __syncwarp();
   return other;
 }
+inline double __shfl_xor_sync(unsigned, double x, int offset) { return shuffle(x, threadIdx.x ^ offset); }
+template <class T>
+T __shfl_sync(unsigned, T x, int lane) {
+  return static_cast<T>(shuffle(x, threadIdx.x / 32 * 32 + lane % 32));
+}
+template <class T>
+T __shfl_down_sync(unsigned, T x, int offset) {  // beyond the warp: the lane's own
+  return static_cast<T>(shuffle(x, threadIdx.x % 32 + offset < 32 ? threadIdx.x + offset : threadIdx.x));
+}
+inline unsigned __ballot_sync(unsigned, bool x) {
+  unsigned all = 0;
+  for (int lane = 0; lane < 32; ++lane) all |= static_cast<unsigned>(__shfl_sync(0, x ? 1.0 : 0.0, lane)) << lane;
+  return all;
+}
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
 // The kernels of this package take one argument, their parameter struct; the source under test says which.
 inline int run_on_host(const void* kernel, dim3 blocks, int threads, void** arguments, host::Kernel call) {

@@ -94,15 +94,7 @@ struct CombineParams {
   PAMA_HD bool normalizes() const { return normalize.by != Pool::kNone || normalize.combined != Pool::kNone; }
 
   // Entry k of group_ids or group_offsets; ids are told apart by their bits alone.
-  PAMA_HD int64_t group_value(int64_t k) const {
-    k *= group_stride;
-    switch (size_of(group_dtype)) {
-      case 1: return static_cast<const int8_t*>(group_data)[k];
-      case 2: return static_cast<const int16_t*>(group_data)[k];
-      case 4: return static_cast<const int32_t*>(group_data)[k];
-      default: return static_cast<const int64_t*>(group_data)[k];
-    }
-  }
+  PAMA_HD int64_t group_value(int64_t k) const { return integer_at(group_data, group_dtype, k * group_stride); }
 
   PAMA_HD int64_t tokens() const { return rows * cols; }
   PAMA_HD int64_t solves() const {
@@ -116,14 +108,7 @@ struct CombineParams {
   PAMA_HD int64_t row_at(int64_t k) const { return order ? order[k] : k; }  // of the tensors, the k-th in grouped order
 
   PAMA_HD double reward_weight(int i) const {
-    if (!reward_weights) return reward_values[i];
-    const int64_t k = i * reward_stride;
-    switch (reward_dtype) {
-      case DType::kFloat64: return static_cast<const double*>(reward_weights)[k];
-      case DType::kFloat32: return static_cast<const float*>(reward_weights)[k];
-      case DType::kFloat16: return to_float(static_cast<const Half*>(reward_weights)[k]);
-      default: return to_float(static_cast<const BFloat16*>(reward_weights)[k]);
-    }
+    return reward_weights ? float_at(reward_weights, reward_dtype, i * reward_stride) : reward_values[i];
   }
   PAMA_HD double fixed_weight(int i) const { return weighted ? reward_weight(i) : 1.0 / n; }
   // The factor before the solve; the fixed solver uses reward_weights as the weights themselves.

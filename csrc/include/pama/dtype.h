@@ -75,6 +75,37 @@ struct Storage<BFloat16> {
   static PAMA_HD BFloat16 store(float x) { return to_bfloat16(x); }
 };
 
+// Entry `at` of a floating array.
+PAMA_HD double float_at(const void* data, DType dtype, int64_t at) {
+  switch (dtype) {
+    case DType::kFloat64: return static_cast<const double*>(data)[at];
+    case DType::kFloat32: return static_cast<const float*>(data)[at];
+    case DType::kFloat16: return to_float(static_cast<const Half*>(data)[at]);
+    default: return to_float(static_cast<const BFloat16*>(data)[at]);
+  }
+}
+
+// Entry `at` of an array of integers; the unsigned ones as their bits read when signed.
+PAMA_HD int64_t integer_at(const void* data, DType dtype, int64_t at) {
+  switch (size_of(dtype)) {
+    case 1: return static_cast<const int8_t*>(data)[at];
+    case 2: return static_cast<const int16_t*>(data)[at];
+    case 4: return static_cast<const int32_t*>(data)[at];
+    default: return static_cast<const int64_t*>(data)[at];
+  }
+}
+
+// Whether entry `at` of a mask is valid: any bit is set, the sign of a floating zero apart.
+PAMA_HD bool is_set(const void* data, DType dtype, int64_t at) {
+  const bool sign = is_float(dtype);
+  switch (size_of(dtype)) {
+    case 1: return static_cast<const uint8_t*>(data)[at] != 0;
+    case 2: return (static_cast<const uint16_t*>(data)[at] & (sign ? 0x7fff : 0xffff)) != 0;
+    case 4: return (static_cast<const uint32_t*>(data)[at] & (sign ? 0x7fffffffu : 0xffffffffu)) != 0;
+    default: return (static_cast<const uint64_t*>(data)[at] & (sign ? ~(uint64_t{1} << 63) : ~uint64_t{0})) != 0;
+  }
+}
+
 // f(S{}) for the storage type S of a floating dtype. Always inlined: callers are compiled for different machines.
 template <class F>
 inline __attribute__((always_inline)) auto with_dtype(DType dtype, F f) {

@@ -237,12 +237,7 @@ __host__ __device__ inline void solve_min_norm(const MinNormParams& p, int64_t k
   for (int i = 0; i < p.n; ++i) {
     for (int j = 0; j < p.n; ++j) {
       const int64_t at = k * p.strides[0] + i * p.strides[1] + j * p.strides[2];
-      switch (p.dtype) {
-        case DType::kFloat64: gram[i * p.n + j] = static_cast<const double*>(p.gramian)[at]; break;
-        case DType::kFloat32: gram[i * p.n + j] = static_cast<const float*>(p.gramian)[at]; break;
-        case DType::kFloat16: gram[i * p.n + j] = to_float(static_cast<const Half*>(p.gramian)[at]); break;
-        default: gram[i * p.n + j] = to_float(static_cast<const BFloat16*>(p.gramian)[at]);
-      }
+      gram[i * p.n + j] = float_at(p.gramian, p.dtype, at);
     }
   }
   MinNorm(gram, p.n, scratch).solve(~uint64_t{0} >> (64 - p.n), weights);

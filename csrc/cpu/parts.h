@@ -1,0 +1,38 @@
+// Work dealt out to torch's threads. How many parts there are depends on the problem alone, never on the threads.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "pama/combine.h"
+
+namespace pama {
+
+constexpr int64_t kElementsPerPart = 32 * 1024;  // about 5 us of work: below two of these, threads do not pay
+constexpr int64_t kMaxParts = 64;
+
+inline int64_t parts_for(int64_t elements, int64_t units) {
+  return std::clamp<int64_t>(std::min(elements / kElementsPerPart, units), 1, kMaxParts);
+}
+
+// First of the units of part k: equal cuts.
+inline int64_t part_start(int64_t k, int64_t parts, int64_t units) {
+  return k * (units / parts) + std::min(k, units % parts);
+}
+
+// f(part, first, last) for each of `parts` equal cuts of [0, units), on torch's threads if there is more than one.
+template <class F>
+void for_parts(ParallelFor parallel_for, int64_t parts, int64_t units, const F& f) {
+  struct Context {
+    const F& f;
+    int64_t parts, units;
+  } context{f, parts, units};
+  auto run = [](int64_t begin, int64_t end, void* opaque) {
+    const Context& c = *static_cast<Context*>(opaque);
+    for (int64_t k = begin; k < end; ++k) c.f(k, part_start(k, c.parts, c.units), part_start(k + 1, c.parts, c.units));
+  };
+  if (parts == 1) return run(0, 1, &context);
+  if (parallel_for(0, parts, 1, run, &context) != 0) throw std::runtime_error("torch_parallel_for failed");
+}
+
+}  // namespace pama
