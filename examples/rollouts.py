@@ -3,8 +3,8 @@
     python examples/rollouts.py                    tokenizer and GPT-2 are made here from corpus.txt; needs no network
     python examples/rollouts.py --model gpt2       any causal language model of the Hugging Face Hub, its own tokenizer
 
-The paper is arXiv 2508.07768. Of its Algorithm 1, `pama_ext.combine` in `update` is what this package does; all else
-here belongs to the trainer. Shapes: B responses, T completion tokens, N objectives.
+The paper is arXiv 2508.07768. Of its Algorithm 1, `pama_ext.gae` in `rollout` and `pama_ext.combine` in `update`
+are what this package does; all else belongs to the trainer. Shapes: B responses, T completion tokens, N objectives.
 """
 
 from __future__ import annotations
@@ -130,17 +130,6 @@ def completion_mask(completions: Tensor, end: int) -> Tensor:
     return ends.cumsum(1) - ends == 0
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Advantages and returns ``[B, T, N]`` by GAE, for each objective on its own; ``mask`` is a prefix of each row."""
-    rewards, values = rewards * mask[..., None], values * mask[..., None]
-    following = F.pad(values[:, 1:], (0, 0, 0, 1))  # the value after the last token is 0
-    deltas = rewards + GAMMA * following - values
-    running, advantages = torch.zeros_like(deltas[:, 0]), torch.zeros_like(deltas)
-    for t in reversed(range(deltas.shape[1])):
-        advantages[:, t] = running = deltas[:, t] + GAMMA * LAMBDA * running
-    return advantages, advantages + values
-
-
 @torch.no_grad()
 def rollout(policy: Policy, reference: Any, tokenizer: Any, prompts: Tensor, new_tokens: int, unit: float) -> Rollout:
     """Complete the prompts ``[B, PROMPT]``, score the completions and estimate N advantages for each token."""
@@ -159,9 +148,9 @@ def rollout(policy: Policy, reference: Any, tokenizer: Any, prompts: Tensor, new
     scores = [score(text, length, unit) for text, length in zip(completions, lengths.tolist(), strict=True)]
     outcome = torch.tensor(scores, device=tokens.device)
 
-    rewards = (-KL_COEFFICIENT * kl)[..., None].repeat(1, 1, len(OBJECTIVES))  # each objective pays the KL penalty
-    rewards[torch.arange(len(tokens)), lengths - 1] += outcome
-    advantages, returns = gae(rewards, policy.value_heads(states), mask)
+    advantages, returns = pama_ext.gae(  # a score counts at the last token; each objective pays the KL penalty
+        outcome, policy.value_heads(states), mask=mask, gamma=GAMMA, lam=LAMBDA, kl_penalty=KL_COEFFICIENT * kl
+    )
     text = tokenizer.decode(tokens[0], skip_special_tokens=True)
     kl = kl.sum(1).mean()
     return Rollout(tokens, attention_mask, mask, log_probs, states, outcome, advantages, returns, kl, text)
