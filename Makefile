@@ -56,6 +56,7 @@ lint: $(BUILT)
 bench: $(BUILT)
 	$(BIN)/python -m bench.latency --json bench/records/latency-cpu.json
 	$(BIN)/python -m bench.groups --json bench/records/groups-cpu.json
+	$(BIN)/python -m bench.gae --json bench/records/gae-cpu.json
 	$(BIN)/python -m bench.min_norm --json bench/records/min-norm-cpu.json
 
 gpu-check:

@@ -99,7 +99,29 @@ def run_normalised(device: str) -> int:
     gramian = host[:, :3].nan_to_num(0, 0, 0).double()
     gramian = gramian @ gramian.mT
     compare("min_norm", pama_ext.min_norm(gramian.to(device)), reference.min_norm(gramian), torch.float32)
-    return calls + 1
+    return calls + 1 + run_gae(device)
+
+
+def run_gae(device: str) -> int:
+    """``gae`` on short and long sequences, of one length and packed, with all that it takes."""
+    calls = 0
+    for (rows, length, n), dtype, packed in itertools.product(((9, 33, 3), (2, 700, 17)), DTYPES, (False, True)):
+        host, options = inputs((rows, length, n), dtype)
+        values = host.masked_fill(~host.isfinite() & options["mask"].unsqueeze(-1), 0)
+        rewards, bootstrap = values.flip(-1), torch.ones(rows, n)
+        arguments = {"mask": options["mask"], "kl_penalty": options["log_ratio"], "gamma": 0.9}
+        if packed:
+            rewards, values = rewards.flatten(0, 1), values.flatten(0, 1)
+            arguments |= {k: arguments[k].flatten() for k in ("mask", "kl_penalty")}
+            arguments["offsets"] = torch.tensor([0, 1, 1, rows * length])
+            bootstrap = torch.ones(3, n)
+        arguments["bootstrap"] = bootstrap
+        moved = {k: x.to(device) if isinstance(x, Tensor) else x for k, x in arguments.items()}
+        results = pama_ext.gae(rewards.to(device), values.to(device), **moved)
+        for got, expected in zip(results, reference.gae(rewards, values, **arguments), strict=True):
+            compare(f"gae, {list(values.shape)} {dtype}", got, expected, dtype)
+        calls += 1
+    return calls
 
 
 def main(arguments: list[str] | None = None) -> None:
