@@ -4,10 +4,10 @@
 #include <sys/mman.h>
 
 #include <atomic>
+#include <deque>
 #include <iterator>
 #include <mutex>
 #include <new>
-#include <utility>
 
 #include "eager_tensors.h"
 #include "torch_runtime.h"
@@ -29,41 +29,41 @@ struct Block {
   void* data() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 };
 
-// Large blocks of the CPU that were released last. Fresh memory costs a page fault per page, which takes longer than
-// all that this package computes; a training loop asks for the same sizes over and over. The kernel may take the pages
-// of kept blocks when it needs memory (MADV_FREE).
+// Large blocks of the CPU that were released last, up to a quarter of a GiB. Fresh memory costs a page fault per page,
+// which takes longer than all that this package computes; a training loop asks for the same sizes over and over.
 class Kept {
  public:
   static constexpr int64_t kPage = 2 << 20, kFrom = 2 * kPage;  // from two huge pages on
 
   Block* take(int64_t bytes) {
     const std::lock_guard lock(mutex);
-    for (Block*& block : blocks)
-      if (block && block->capacity >= bytes && block->capacity <= bytes + bytes / 4)
-        return std::exchange(block, nullptr);
+    for (auto at = blocks.rbegin(); at != blocks.rend(); ++at) {
+      Block* const block = *at;
+      if (block->capacity < bytes || block->capacity > bytes + bytes / 4) continue;
+      blocks.erase(std::next(at).base());
+      total -= block->capacity;
+      return block;
+    }
     return nullptr;
   }
 
-  // True if the block is kept now; the oldest makes place.
+  // True if the block is kept now; the oldest make room.
   bool keep(Block* block) {
     if (block->capacity > kMost) return false;
-#ifdef MADV_FREE
-    if (madvise(block->tensor.data, block->capacity / kPage * kPage, MADV_FREE) != 0) return false;
     const std::lock_guard lock(mutex);
-    std::swap(blocks[next], block);
-    next = (next + 1) % std::size(blocks);
-    ::operator delete(block);
+    blocks.push_back(block);
+    for (total += block->capacity; total > kMost; blocks.pop_front()) {
+      total -= blocks.front()->capacity;
+      ::operator delete(blocks.front());
+    }
     return true;
-#else
-    return false;
-#endif
   }
 
  private:
-  static constexpr int64_t kMost = 128 << 20;
+  static constexpr int64_t kMost = 256 << 20;
   std::mutex mutex;
-  Block* blocks[4] = {};
-  size_t next = 0;
+  std::deque<Block*> blocks;  // the oldest first
+  int64_t total = 0;          // bytes
 };
 
 Kept& kept() {  // never destroyed: tensors may outlive the module
