@@ -35,7 +35,7 @@ class GaeKernel {
   using I = typename Simd<C>::I;
   static constexpr int lanes = Simd<C>::lanes;
   static constexpr int kPad = 16;  // before each run of elements: the first vector may start there
-  static constexpr int kElements = 2048, kTokens = 1024;
+  static constexpr int kElements = 2048, kTokens = 1024, kLong = 128;
 
  public:
   explicit GaeKernel(const GaeParams& params)
@@ -55,7 +55,10 @@ class GaeKernel {
     sequence = sequence_of(last - 1);
     open = false;
     for (int64_t end = last; end > first;) {
-      const int count = static_cast<int>(smaller<int64_t>(tokens, end - first));
+      int count = static_cast<int>(smaller<int64_t>(tokens, end - first));
+      // A mask often leaves one piece of a long sequence, but hardly ever of two.
+      const int64_t own = end - p.start(sequence);
+      if (p.mask.data && own >= kLong && own < count) count = static_cast<int>(own);
       end -= count;
       tile(end, count);
     }
