@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
 WHOLE_S = 510  # all stages together
 TAIL_LINES = 80  # kept of a stage that failed
+BENCHMARKS = ("latency", "gae")
 NOT_FOUND = 127  # as a shell says it
 
 
@@ -40,17 +41,17 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def stages(latency_json: Path) -> dict[str, Stage]:
-    """All stages by name, in the order they run; the latency benchmark writes its record to ``latency_json``."""
+def stages(folder: Path) -> dict[str, Stage]:
+    """All stages by name, in the order they run; the benchmarks write their records, by their names, to ``folder``."""
     python = sys.executable
     pytest = (python, "-m", "pytest", "-q", "-ra", "tests")
-    latency = (python, "-m", "bench.latency", "--device", "cuda", "--json", str(latency_json))
     return {
         "build": Stage((python, "setup.py", "build_ext", "--inplace"), 240, {"PAMA_EXT_CUDA": "1"}),
         "tests": Stage(pytest, 240, {"PAMA_EXT_REQUIRE_CUDA": "1"}),
         **{tool: sanitizer(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")},
-        "latency": Stage(latency, 180),
-    }
+        **{name: Stage((python, "-m", f"bench.{name}", "--device", "cuda", "--json", str(folder / f"{name}.json")), 180)
+           for name in BENCHMARKS},
+    }  # fmt: skip
 
 
 def sanitizer(tool: str) -> Stage:
@@ -115,8 +116,7 @@ def record_name(header: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the stages asked for, write the record and return 0 if all of them passed, else 1."""
     with tempfile.TemporaryDirectory() as folder:
-        latency_json = Path(folder) / "latency.json"
-        known = stages(latency_json)
+        known = stages(Path(folder))
         parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
         parser.add_argument(
             "--stages", nargs="+", choices=known, default=known, metavar="STAGE", help=f"of {', '.join(known)}"
@@ -128,9 +128,10 @@ def main(arguments: list[str] | None = None) -> int:
         header = timer.environment("cuda")
         header["commit"] = options.commit or header["commit"]
         entries = check({name: stage for name, stage in known.items() if name in options.stages})
-        latency = json.loads(latency_json.read_text()) if latency_json.exists() else None
+        written = {name: Path(folder) / f"{name}.json" for name in BENCHMARKS}
+        records = {name: json.loads(path.read_text()) if path.exists() else None for name, path in written.items()}
 
-    timer.write_json(options.out / record_name(header), {"header": header, "stages": entries, "latency": latency})
+    timer.write_json(options.out / record_name(header), {"header": header, "stages": entries, **records})
     for entry in entries:
         verdict = "FAIL" if entry["status"] else "pass"
         print(f"{verdict}  {entry['stage']:<10} {entry['seconds']:6.1f} s  {entry['summary'][:90]}")

@@ -1,4 +1,7 @@
-"""The hand-written numba loop that ``pama_ext.combine`` is compared with: level "batch", Noon, every statistic."""
+"""The hand-written numba loops that ``pama_ext`` is compared with.
+
+``combine`` at level "batch", with Noon and every statistic; ``gae`` without a mask.
+"""
 
 from __future__ import annotations
 
@@ -105,3 +108,25 @@ def _loop(advantages, mask, log_ratio, bound, chunks, combined, weights, stats):
 
 _sequential_loop = numba.njit(_loop)
 _parallel_loop = numba.njit(parallel=True)(_loop)
+
+
+def numba_gae(rewards: Tensor, values: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Advantages and returns ``[B, T, N]``, rows in parallel."""
+    numba.set_num_threads(torch.get_num_threads())
+    advantages, returns = np.empty(rewards.shape, np.float32), np.empty(rewards.shape, np.float32)
+    _gae(rewards.numpy(), values.numpy(), np.float32(gamma), np.float32(gamma * lam), advantages, returns)
+    return torch.from_numpy(advantages), torch.from_numpy(returns)
+
+
+@numba.njit(parallel=True)
+def _gae(rewards, values, gamma, decay, advantages, returns):  # type: ignore[no-untyped-def]
+    rows, length, n = rewards.shape
+    for b in prange(rows):
+        for i in range(n):
+            following, running = np.float32(0.0), np.float32(0.0)
+            for t in range(length - 1, -1, -1):
+                value = values[b, t, i]
+                running = rewards[b, t, i] + gamma * following - value + decay * running
+                following = value
+                advantages[b, t, i] = running
+                returns[b, t, i] = running + value

@@ -162,11 +162,13 @@ def test_gpu_check_records_what_failed(tmp_path, monkeypatch, capsys):
     assert gpu_check.main([*arguments, "good"]) == 0
 
 
-def test_gpu_check_embeds_the_latency_record(tmp_path, monkeypatch):
-    write = "import sys; open({!r}, 'w').write('[1]')"
-    monkeypatch.setattr(gpu_check, "stages", lambda path: {"latency": stage(write.format(str(path)))})
+def test_gpu_check_embeds_the_records_of_benchmarks(tmp_path, monkeypatch):
+    write = "open({!r}, 'w').write('[1]')"
+    monkeypatch.setattr(gpu_check, "stages", lambda to: {"gae": stage(write.format(str(to / "gae.json")))})
     assert gpu_check.main(["--out", str(tmp_path)]) == 0
-    assert json.loads(next(tmp_path.iterdir()).read_text())["latency"] == [1]
+    record = json.loads(next(tmp_path.iterdir()).read_text())
+    assert record["gae"] == [1]
+    assert record["latency"] is None
 
 
 def test_gpu_check_stops_in_time(monkeypatch):
@@ -176,8 +178,8 @@ def test_gpu_check_stops_in_time(monkeypatch):
 
 
 def test_gpu_check_asks_for_cuda(tmp_path):
-    known = gpu_check.stages(tmp_path / "latency.json")
-    assert list(known) == ["build", "tests", "memcheck", "racecheck", "initcheck", "synccheck", "latency"]
+    known = gpu_check.stages(tmp_path)
+    assert list(known) == ["build", "tests", "memcheck", "racecheck", "initcheck", "synccheck", "latency", "gae"]
     assert known["tests"].environment == {"PAMA_EXT_REQUIRE_CUDA": "1"}
     assert known["build"].environment == {"PAMA_EXT_CUDA": "1"}
 
