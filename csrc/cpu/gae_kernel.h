@@ -11,6 +11,8 @@
 //
 // Where nothing is masked, converted or rearranged, vectors go straight from memory to memory. Elsewhere the tile is
 // copied to scratch first, without the tokens that the mask leaves out.
+#include <new>
+
 #include "isa.h"
 #include "tile.h"
 
@@ -48,6 +50,10 @@ class GaeKernel {
       gamma[i] = static_cast<C>(p.gamma[i]);
       decay[i] = static_cast<C>(p.gamma[i] * p.lam[i]);
     }
+    each_width([&](auto w) {
+      if constexpr (by_vectors<w>())
+        for (int i = 0; i < p.n; i += width) new (coefficients<w>(i)) Coefficients<w>(*this, i);
+    });
   }
 
   // The sequences that make up the tokens [first, last).
@@ -249,28 +255,36 @@ class GaeKernel {
     V gamma[W], power[kSteps + 1][W], behind[W];  // power: decay^1, ^2, ^4, ...; behind: as far as the next vector
 
     Coefficients(const GaeKernel& kernel, int first) {
-      alignas(64) C lane[lanes];
+      alignas(64) C lane[lanes], powers[W][lanes + 1];
+      for (int i = 0; i < W; ++i) {
+        // Of the rounded decay, which errs as gamma does: gamma v - v and the decay of A nearly cancel where lam is 1.
+        double power = 1.0;
+        for (int k = 0; k <= lanes; ++k, power *= kernel.decay[first + i]) powers[i][k] = static_cast<C>(power);
+      }
       for (int phase = 0; phase < W; ++phase) {
-        const auto objective = [&](int k) { return first + (phase + k) % W; };
-        for (int k = 0; k < lanes; ++k) lane[k] = kernel.gamma[objective(k)];
-        memcpy(&gamma[phase], lane, sizeof(V));
-        for (int step = 0; step <= kSteps; ++step) {
-          for (int k = 0; k < lanes; ++k) lane[k] = static_cast<C>(power_of(kernel.decay[objective(k)], 1 << step));
-          memcpy(&power[step][phase], lane, sizeof(V));
-        }
-        for (int k = 0; k < lanes; ++k)
-          lane[k] = static_cast<C>(power_of(kernel.decay[objective(k)], (lanes - k + W - 1) / W));
-        memcpy(&behind[phase], lane, sizeof(V));
+        const auto fill_lanes = [&](V& to, auto value) {  // value(objective, lane)
+          for (int k = 0; k < lanes; ++k) lane[k] = value((phase + k) % W, k);
+          memcpy(&to, lane, sizeof(V));
+        };
+        fill_lanes(gamma[phase], [&](int i, int) { return kernel.gamma[first + i]; });
+        fill_lanes(behind[phase], [&](int i, int k) { return powers[i][(lanes - k + W - 1) / W]; });
+        for (int step = 0; step <= kSteps; ++step)
+          fill_lanes(power[step][phase], [&](int i, int) { return powers[i][1 << step]; });
       }
     }
-
-    // Of the rounded decay, which errs as gamma does: gamma v - v and the decay of A nearly cancel where lam is 1.
-    static double power_of(double base, int exponent) {
-      double power = 1.0;
-      for (int k = 0; k < exponent; ++k) power *= base;
-      return power;
-    }
   };
+
+  template <int W>
+  static constexpr bool by_vectors() {
+    return W > 0 && 2 * W <= lanes;
+  }
+
+  alignas(64) char storage[kMaxObjectives * sizeof(Coefficients<1>)];
+  template <int W>
+  Coefficients<W>* coefficients(int first) {  // of the objectives from the first on
+    static_assert(sizeof(Coefficients<W>) <= sizeof(storage));
+    return reinterpret_cast<Coefficients<W>*>(storage) + first / W;
+  }
 
   template <int kBy>
   static V further(V x, V beyond) {
@@ -309,10 +323,10 @@ class GaeKernel {
 
   template <int W>
   void recur_as(int first, const C* r, const C* v, C* advantages, C* returns) {
-    if constexpr (W == 0 || 2 * W > lanes) {
+    if constexpr (!by_vectors<W>()) {
       recur_wide(r, v, advantages, returns);
     } else {
-      const Coefficients<W> by(*this, first);
+      const Coefficients<W>& by = *coefficients<W>(first);
       const int count = valid_count * W;
       alignas(64) C lane[lanes] = {};
       C first_value[W];
