@@ -16,6 +16,7 @@ from torch import Tensor
 import pama_ext
 from pama_ext import _C, Normalize, reference
 from pama_ext._combine import _combine_dispatcher
+from pama_ext._gae import _gae_dispatcher
 
 FACTOR = 4  # our error may be this many times that of PyTorch in the same dtype, plus rounding of the result
 ROUNDINGS = 16
@@ -108,6 +109,11 @@ def _verify_on(device: str, name: str) -> int:
         for problem in _compare(**case):
             wrong += 1
             print(f"  {name}: {problem} in {case['options']}, {tuple(case['advantages'].shape)}", file=sys.stderr)
+    for arguments in _gae_cases(device):
+        count += 1
+        for problem in _compare_gae(**arguments):
+            wrong += 1
+            print(f"  {name}: {problem}, {tuple(arguments['values'].shape)}", file=sys.stderr)
     print(f"{name}: {count} cases, {wrong} results differ from the reference")
     return wrong
 
@@ -168,6 +174,40 @@ def _compare(advantages: Tensor, tensors: dict[str, Any], options: dict[str, Any
             allowed = FACTOR * (eager[name].double() - truth).abs().amax() + rounding
             if not bool((ours.double() - truth).abs().amax() <= allowed):
                 yield f"{call}: {name}"
+
+
+def _gae_cases(device: str) -> Iterator[dict[str, Any]]:
+    """Random calls of ``gae`` over dtypes and sizes, dense and packed; NaN stands behind every mask."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    shapes = ((5, 300, 3), (40, 30, 4), (2, 900, 17), (3, 700, 1))
+    for dtype, shape, packed, masked in itertools.product(dtypes, shapes, (False, True), (False, True)):
+        rows, length, n = shape
+        tokens = (rows * length,) if packed else (rows, length)
+        arguments = {name: torch.randn(*tokens, n, generator=generator) for name in ("rewards", "values")}
+        arguments["bootstrap"] = torch.randn(rows, n, generator=generator)
+        if masked:
+            arguments["mask"] = mask = torch.rand(tokens, generator=generator) < 0.8
+            arguments["kl_penalty"] = torch.randn(tokens, generator=generator)
+            for name in ("rewards", "values", "kl_penalty"):
+                arguments[name][~mask] = float("nan")
+        moved = {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in arguments.items()}
+        if packed:
+            moved["offsets"] = torch.arange(0, rows * length + 1, length, device=device)
+        yield moved
+
+
+def _compare_gae(rewards: Tensor, values: Tensor, **tensors: Any) -> Iterator[str]:
+    wide = {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}
+    exact = reference.gae(rewards.double(), values.double(), gamma=0.99, **wide)
+    eager = reference.gae(rewards, values, gamma=0.99, **tensors)
+    for door, call in (("gae", pama_ext.gae), ("dispatcher", _gae_dispatcher)):
+        results = call(rewards, values, gamma=0.99, **tensors)
+        for name, ours, same, truth in zip(("advantages", "returns"), results, eager, exact, strict=True):
+            rounding = ROUNDINGS * torch.finfo(values.dtype).eps * truth.abs().amax()
+            allowed = FACTOR * (same.double() - truth).abs().amax() + rounding
+            if not bool((ours.double() - truth).abs().amax() <= allowed):
+                yield f"{door} of gae: {name}"
 
 
 def _flat(result: pama_ext.Combined) -> dict[str, Tensor]:

@@ -238,6 +238,8 @@ def _per_objective_shape(name: str, argument: Any, dim: int, time: int) -> tuple
         raise TypeError(f"{name}: expected a tensor, or a sequence or dict of tensors, got {kind_of(argument)}")
     if not tensors:
         raise ValueError(f"{name}: expected at least one objective, got none")
+    if isinstance(argument, Mapping) and not all(isinstance(key, str) for key in argument):
+        raise TypeError(f"{name}: expected str keys, got {tuple(argument)!r}")
     for label, tensor in zip(labels, tensors, strict=True):
         strided_tensor(label, tensor)
         if tensor.dtype not in FLOATING:

@@ -29,6 +29,7 @@ ERRORS = [
     ({"values": [X[..., 0], 2.0]}, TE, r"values\[1\]: expected a tensor, got a float"),
     ({"values": {"a": X[..., 0], "b": X[0]}}, VE, r"values\['b'\]: expected one shape for all"),
     ({"values": [X[..., 0], X[..., 0].half()]}, TE, r"values\[1\]: expected one dtype for all"),
+    ({"values": {1: X[..., 0]}}, TE, r"values: expected str keys, got \(1,\)"),
     ({"values": X.long()}, TE, "values: expected float32, float64, float16 or bfloat16, got torch.int64"),
     ({"values": X.to_sparse()}, TE, "values: expected a strided tensor"),
     ({"values": torch.ones(4)}, VE, r"values: expected \[B, T, N\] or \[B, N\], got \[4\]"),

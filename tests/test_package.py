@@ -15,7 +15,7 @@ import torch
 
 import pama_ext
 from pama_ext import _C, combine
-from pama_ext.__main__ import _runs
+from pama_ext.__main__ import _runs, _verify_on
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,6 +83,18 @@ def test_info():
 def test_verify():
     text = command("verify")
     assert "cpu" in text.lower() and "fail" not in text.lower(), text
+
+
+@pytest.mark.parametrize("name", ["combine", "gae"])
+def test_verify_sees_a_wrong_kernel(name, monkeypatch, capsys):
+    right = getattr(pama_ext, name)
+
+    def wrong(x, *rest, **options):
+        return right(x * 1.01, *rest, **options)
+
+    monkeypatch.setattr(pama_ext, name, wrong)
+    assert _verify_on("cpu", "cpu") > 0
+    assert "results differ" in capsys.readouterr().out
 
 
 def test_unknown_command_is_an_error():

@@ -106,8 +106,8 @@ void load_plane(const Params& p, const Plane& q, int64_t first, int count, C* ds
   });
 }
 
-template <class S, class C, class Params>
-void store_plane(const Params& p, const Plane& q, int64_t first, int count, const C* src) {
+template <class S, class C>
+void store_plane(const CombineParams& p, const Plane& q, int64_t first, int count, const C* src) {
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
     S* __restrict to = at<S>(q, row, col);
     const C* __restrict from = src + done;
@@ -178,15 +178,14 @@ inline bool interleaved(const Plane* planes, int n, DType dtype) {
   return true;
 }
 
-template <class S, class C, class Params>
-void load_objectives(const Params& p, const Plane* planes, bool adjacent, int64_t first, int count, C* dst,
-                     int stride) {
+template <class S, class C>
+void load_objectives(const CombineParams& p, bool adjacent, int64_t first, int count, C* dst, int stride) {
   if (!adjacent) {
-    for (int i = 0; i < p.n; ++i) load_plane<S>(p, planes[i], first, count, dst + i * stride);
+    for (int i = 0; i < p.n; ++i) load_plane<S>(p, p.advantages[i], first, count, dst + i * stride);
     return;
   }
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
-    const S* src = at<const S>(planes[0], row, col);
+    const S* src = at<const S>(p.advantages[0], row, col);
     C* to = dst + done;
     switch (p.n) {
       case 2: return deinterleave<2>(src, m, 2, to, stride);
