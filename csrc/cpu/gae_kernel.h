@@ -76,12 +76,9 @@ class GaeKernel {
     if (p.outcome || p.kl.data || p.rows != 1) return false;
     const DType native = sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32;
     if (p.rewards_dtype != native || p.values_dtype != native || p.dtype != native) return false;
-    for (int i = 0; i < p.n; ++i) {
-      if (p.rewards[i].col != width || p.values[i].col != width) return false;
-      if (width > 1 && (p.rewards[i].data != p.rewards[0].data + i * static_cast<int>(sizeof(C)) ||
-                        p.values[i].data != p.values[0].data + i * static_cast<int>(sizeof(C))))
-        return false;
-    }
+    if (width > 1) return interleaved(p.rewards, p.n, native) && interleaved(p.values, p.n, native);
+    for (int i = 0; i < p.n; ++i)
+      if (p.rewards[i].col != 1 || p.values[i].col != 1) return false;
     return true;
   }
 
