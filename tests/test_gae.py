@@ -265,3 +265,36 @@ def test_a_value_that_is_not_finite_spreads_backwards_only():
                     hidden = torch.zeros(shape, dtype=torch.bool)
                     hidden[row, : token + 1, objective] = True
                     assert_same_bits(a.masked_fill(hidden, 0), b.masked_fill(hidden, 0))
+
+
+@each_door
+@pytest.mark.parametrize("packed", [None, [30, 0, 40]], ids=["dense", "packed"])
+@pytest.mark.parametrize("form", ["tensor", "list", "dict"])
+@pytest.mark.parametrize("others", ["tensor", "list"])
+def test_each_argument_has_a_form_of_its_own(others, form, packed, door):
+    """Rewards and bootstrap values as a tensor beside value heads in a list, and the other way round."""
+    time = 1 if packed else 2
+    for outcome in (False, True):
+        arguments = make((70, 3) if packed else (4, 70, 3), packed=packed, outcome=outcome)
+        expected = call(reference.gae, wide(arguments))
+        arguments["values"] = lay_out(arguments["values"], form, time, time)
+        arguments["rewards"] = lay_out(arguments["rewards"], others, time, time)
+        arguments["bootstrap"] = lay_out(arguments["bootstrap"], others, time, time)
+        result = call(door, arguments)
+        assert_computes(result, arguments)
+        for ours, truth in zip(result, expected, strict=True):
+            columns = ours.unbind(-1) if form == "tensor" else listed(ours)
+            torch.testing.assert_close(torch.stack(list(columns), -1).double(), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, True, torch.tensor(1.0), "1", None], ids=repr)
+def test_what_a_discount_may_be(number):
+    """An int is a number; a bool, a tensor of no dimension, a text and nothing are none."""
+    rewards = torch.randn(3, 8, 2)
+    if number == 1 and type(number) is int:
+        for a, b in zip(gae(rewards, rewards, gamma=1, lam=1), gae(rewards, rewards, gamma=1.0, lam=1.0), strict=True):
+            assert_same_bits(a, b)
+        return
+    for name in ("gamma", "lam"):
+        with pytest.raises((TypeError, ValueError), match=name):
+            gae(rewards, rewards, **{name: number})
