@@ -39,7 +39,7 @@ SHARE = 0.6  # of a copy's bandwidth, at the largest shape
 
 
 def trl(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """TRL 1.5.0, trl/experimental/ppo/ppo_trainer.py: its rule restated, since later releases have no PPO trainer."""
+    """TRL 1.5.0, trl/experimental/ppo/ppo_trainer.py: its rule restated, since 1.16.0 has no PPO trainer."""
     running, reversed_advantages, length = 0, [], rewards.shape[1]
     for t in reversed(range(length)):
         following = values[:, t + 1] if t < length - 1 else 0.0

@@ -59,13 +59,8 @@ def tensors(
     shape, n = _objectives(advantages, dim, names)
     first = advantages[0]
     for name, tensor in (("mask", mask), ("log_ratio", log_ratio), ("out", out)):
-        if tensor is None:
-            continue
-        strided_tensor(name, tensor)
-        if tensor.shape != shape:
-            raise ValueError(f"{name}: expected the shape of one objective {_list(shape)}, got {_list(tensor.shape)}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name}: expected device {first.device} as advantages, got {tensor.device}")
+        if tensor is not None:
+            _beside(name, tensor, shape, first, "advantages")
     if mask is not None:
         _mask_dtype(mask)
     if log_ratio is not None and log_ratio.dtype not in FLOATING:
@@ -97,10 +92,7 @@ def gae(rewards: Any, values: Any, dim: Any, mask: Any, kl_penalty: Any, bootstr
         raise ValueError(f"values: expected {want}, got {_form(values)}")
     if not 1 <= n <= MAX_OBJECTIVES:
         raise ValueError(f"values: expected from 1 to {MAX_OBJECTIVES} objectives, got {n}")
-    if first.device.type == "cuda" and not _C.cuda_architectures():
-        raise ValueError(f"values: on {first.device}, but this build has no CUDA kernels (see PAMA_EXT_CUDA)")
-    if first.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"values: expected a CPU or CUDA tensor, got {first.device}")
+    _served("values", first)
     sequences = tokens[0] if offsets is None else _offsets(offsets, tokens[0], first)
 
     for name, argument, shapes in (
@@ -121,13 +113,8 @@ def gae(rewards: Any, values: Any, dim: Any, mask: Any, kl_penalty: Any, bootstr
             raise ValueError(f"{name}: expected the keys of values {list(values)}, got {list(argument)}")
 
     for name, tensor in (("mask", mask), ("kl_penalty", kl_penalty)):
-        if tensor is None:
-            continue
-        strided_tensor(name, tensor)
-        if tensor.shape != tokens:
-            raise ValueError(f"{name}: expected the shape of one objective {_list(tokens)}, got {_list(tensor.shape)}")
-        if tensor.device != first.device:
-            raise ValueError(f"{name}: expected device {first.device} as values, got {tensor.device}")
+        if tensor is not None:
+            _beside(name, tensor, tokens, first, "values")
     if mask is not None:
         _mask_dtype(mask)
     if kl_penalty is not None and kl_penalty.dtype not in FLOATING:
@@ -138,13 +125,7 @@ def gae(rewards: Any, values: Any, dim: Any, mask: Any, kl_penalty: Any, bootstr
 def per_objective(name: str, value: Any, n: int, first: Tensor) -> tuple[Tensor | None, list[float]]:
     """Check ``gamma`` or ``lam``; return it as a tensor or as N numbers."""
     if isinstance(value, Tensor):
-        strided_tensor(name, value)
-        if value.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected a floating tensor, got {value.dtype}")
-        if value.shape != (n,):
-            raise ValueError(f"{name}: expected shape [{n}], got {_list(value.shape)}")
-        if value.device != first.device:
-            raise ValueError(f"{name}: expected device {first.device} as values, got {value.device}")
+        _vector(name, value, n, first, "values")
         return value, []
     if isinstance(value, (str, bytes)) or not isinstance(value, (Real, Sequence)):
         raise TypeError(f"{name}: expected a float, {n} floats or a tensor, got {kind_of(value)}")
@@ -168,8 +149,7 @@ def gramian(matrix: Any) -> None:
         raise ValueError(f"gramian: expected [..., N, N], got {_list(matrix.shape)}")
     if not 1 <= matrix.shape[-1] <= MAX_OBJECTIVES:
         raise ValueError(f"gramian: expected N from 1 to {MAX_OBJECTIVES}, got {matrix.shape[-1]}")
-    if matrix.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"gramian: expected a CPU or CUDA tensor, got {matrix.device}")
+    _served("gramian", matrix)
 
 
 def _objectives(advantages: Sequence[Any], dim: int | None, names: tuple[Any, ...] | None) -> tuple[Sequence[int], int]:
@@ -183,10 +163,7 @@ def _objectives(advantages: Sequence[Any], dim: int | None, names: tuple[Any, ..
     if names is not None and not all(isinstance(name, str) for name in names):
         raise TypeError(f"advantages: expected str keys, got {names!r}")
     first = advantages[0]
-    if first.device.type == "cuda" and not _C.cuda_architectures():
-        raise ValueError(f"advantages: on {first.device}, but this build has no CUDA kernels (see PAMA_EXT_CUDA)")
-    if first.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"advantages: expected a CPU or CUDA tensor, got {first.device}")
+    _served("advantages", first)
 
     if dim is None:
         shape, n = first.shape, len(advantages)
@@ -255,7 +232,7 @@ def _per_objective_shape(name: str, argument: Any, dim: int, time: int) -> tuple
     if first.dim() not in (2, time + 1):
         want = "[B, T, N] or [B, N]" if time == 2 else "two dimensions with offsets"
         raise ValueError(f"{name}: expected {want}, got {_list(first.shape)}")
-    dim = min(dim, 1) if first.dim() == 2 else dim
+    dim = objective_dim(first, dim)
     return first.shape[:dim] + first.shape[dim + 1 :], first.shape[dim], first
 
 
@@ -296,14 +273,7 @@ def _rewards(reward_weights: Any, first: Tensor, n: int) -> None:
     if reward_weights is None:
         return
     if isinstance(reward_weights, Tensor):
-        if reward_weights.dtype not in FLOATING:
-            raise TypeError(f"reward_weights: expected a floating tensor, got {reward_weights.dtype}")
-        if reward_weights.shape != (n,):
-            raise ValueError(f"reward_weights: expected shape [{n}], got {_list(reward_weights.shape)}")
-        if reward_weights.device != first.device:
-            raise ValueError(
-                f"reward_weights: expected device {first.device} as advantages, got {reward_weights.device}"
-            )
+        _vector("reward_weights", reward_weights, n, first, "advantages")
         return
     if isinstance(reward_weights, (str, bytes)) or not isinstance(reward_weights, Sequence):
         raise TypeError(f"reward_weights: expected a tensor or a sequence of floats, got {kind_of(reward_weights)}")
@@ -314,6 +284,39 @@ def _rewards(reward_weights: Any, first: Tensor, n: int) -> None:
             raise ValueError(f"reward_weights: expected finite numbers, got {weight}")
     if len(reward_weights) != n:
         raise ValueError(f"reward_weights: expected one per objective ({n}), got {len(reward_weights)}")
+
+
+def objective_dim(objectives: Tensor, dim: int) -> int:
+    """Where a tensor has its objectives, if with a dimension of time (or packed) they are at ``dim``, from 0 on."""
+    return min(dim, 1) if objectives.dim() == 2 else dim
+
+
+def _beside(name: str, tensor: Any, shape: Sequence[int], first: Tensor, main: str) -> None:
+    """Check a tensor that belongs to all objectives; ``main`` is the argument that ``first`` is of."""
+    strided_tensor(name, tensor)
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected the shape of one objective {_list(shape)}, got {_list(tensor.shape)}")
+    if tensor.device != first.device:
+        raise ValueError(f"{name}: expected device {first.device} as {main}, got {tensor.device}")
+
+
+def _vector(name: str, tensor: Tensor, n: int, first: Tensor, main: str) -> None:
+    """Check a tensor with a number for each objective."""
+    strided_tensor(name, tensor)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected a floating tensor, got {tensor.dtype}")
+    if tensor.shape != (n,):
+        raise ValueError(f"{name}: expected shape [{n}], got {_list(tensor.shape)}")
+    if tensor.device != first.device:
+        raise ValueError(f"{name}: expected device {first.device} as {main}, got {tensor.device}")
+
+
+def _served(name: str, tensor: Tensor) -> None:
+    """Check that there are kernels for a tensor's device."""
+    if tensor.device.type == "cuda" and not _C.cuda_architectures():
+        raise ValueError(f"{name}: on {tensor.device}, but this build has no CUDA kernels (see PAMA_EXT_CUDA)")
+    if tensor.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name}: expected a CPU or CUDA tensor, got {tensor.device}")
 
 
 def strided_tensor(name: str, value: Any) -> None:

@@ -95,10 +95,10 @@ def _gae_dispatcher(
     n, first = len(columns), columns[0]
     gammas, lams = (_checks.per_objective(name, x, n, first) for name, x in (("gamma", gamma), ("lam", lam)))
     listed = not isinstance(values, Tensor)
+    after = [] if bootstrap is None else each(bootstrap, dim, names)
     results = torch.ops.pama_ext.gae(
-        each(rewards, dim, names, time=first.dim()), columns, 0 if listed else dim, mask, *gammas, *lams, kl_penalty,
-        [] if bootstrap is None else each(bootstrap, dim, names, time=first.dim()), offsets,
-    )  # fmt: skip
+        each(rewards, dim, names), columns, 0 if listed else dim, mask, *gammas, *lams, kl_penalty, after, offsets
+    )
     if not listed:
         return results[0], results[1]
     advantages, returns = (list(result.unbind(0)) for result in results)
@@ -107,13 +107,10 @@ def _gae_dispatcher(
     return dict(zip(names, advantages, strict=True)), dict(zip(names, returns, strict=True))
 
 
-def each(objectives: Any, dim: int, names: tuple[str, ...] | None = None, time: int = 0) -> list[Tensor]:
-    """A tensor for each objective, in the order of ``names`` if both are named.
-
-    ``dim`` is that of a tensor with a dimension of time, which with ``time = 2`` one of two dimensions lacks.
-    """
+def each(objectives: Any, dim: int, names: tuple[str, ...] | None = None) -> list[Tensor]:
+    """A tensor for each objective, in the order of ``names`` if both are named; ``dim`` as :func:`gae` has it, >= 0."""
     if isinstance(objectives, Tensor):
-        return list(objectives.unbind(min(dim, 1) if time == 2 and objectives.dim() == 2 else dim))
+        return list(objectives.unbind(_checks.objective_dim(objectives, dim)))
     if isinstance(objectives, Mapping):
         return [objectives[name] for name in names or tuple(objectives)]
     return list(objectives)

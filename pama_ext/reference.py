@@ -314,12 +314,11 @@ def gae(
     offsets: Tensor | None = None,
 ) -> tuple[Any, Any]:
     """Generalised advantage estimation, the recursion as it is written down; see :func:`pama_ext.gae`."""
-    time = 2 if offsets is None else 1
-    dim %= time + 1
+    dim %= 3 if offsets is None else 2
     names = tuple(values) if isinstance(values, Mapping) else None
 
     def last(x: Advantages) -> Tensor:  # objectives last, in the arithmetic's dtype
-        stacked = torch.stack(each(x, dim, names, time), -1).detach()
+        stacked = torch.stack(each(x, dim, names), -1).detach()
         return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
 
     v, r = last(values), last(rewards)
@@ -334,9 +333,8 @@ def gae(
 
     # Every sequence as a row, from its first token on; `at` is where its tokens stand.
     tokens, shape = v.shape[:-1].numel(), v.shape
-    starts = torch.arange(0, tokens + 1, shape[1]) if offsets is None and tokens else offsets
-    starts = torch.zeros(1, dtype=torch.int64) if starts is None else starts.to(torch.int64)
-    starts, ends = starts[:-1, None].to(v.device), starts[1:, None].to(v.device)
+    bounds = torch.arange(shape[0] + 1, device=v.device) * shape[1] if offsets is None else offsets.to(torch.int64)
+    starts, ends = bounds[:-1, None], bounds[1:, None]
     at = starts + torch.arange(int((ends - starts).max()) if starts.numel() else 0, device=v.device)
     exists = at < ends
     at = torch.where(exists, at, 0)
@@ -366,7 +364,7 @@ def gae(
     returns = torch.where(valid.unsqueeze(-1), advantages + v, 0.0)
 
     def as_values(x: Tensor) -> Any:
-        types = [each(a, dim, names, time)[0].dtype for a in (rewards, values)]
+        types = [each(a, dim, names)[0].dtype for a in (rewards, values)]
         x = x.to(torch.promote_types(*types))
         if isinstance(values, Tensor):
             return x.movedim(-1, dim).contiguous()

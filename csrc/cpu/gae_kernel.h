@@ -385,7 +385,7 @@ class GaeKernel {
   void recur_wide(const C* r, const C* v, C* advantages, C* returns) {
     const int n = p.n;
     for (int e = 0, k = valid_count; k-- > 0;) {
-      const C* __restrict reward = r + k * n, * __restrict value = v + k * n;
+      const C *reward = r + k * n, *value = v + k * n;  // may be where the results go
       C term[kMaxObjectives];
       if (e < ends && end_rank[e] == k) {
         for (int i = 0; i < n; ++i) term[i] = static_cast<C>(p.last_term(i, end_sequence[e]));
