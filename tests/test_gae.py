@@ -252,7 +252,10 @@ def test_combine_takes_the_advantages_as_they_are(form):
 
 def test_a_value_that_is_not_finite_spreads_backwards_only():
     """To the tokens before it, of its own sequence and objective."""
-    for shape, at in (((4, 60, 3), (2, 33, 1)), ((4, 60, 9), (1, 5, 8)), ((3, 1500, 1), (1, 700, 0))):
+    places = [((4, 60, 3), (2, 33, 1)), ((4, 60, 9), (1, 5, 8)), ((3, 1500, 1), (1, 700, 0))]
+    # Next to the end of the sequence before, in the same vector and in the next one.
+    places += [((5, 9, n), (row, token, n - 1)) for n in (1, 2, 3, 8) for row in (1, 3) for token in (0, 1, 8)]
+    for shape, at in places:
         arguments = make(shape, mask=None, kl_penalty=None, gamma=0.9, lam=0.9)
         expected = call(gae, arguments)
         for bad in (math.nan, math.inf):

@@ -282,3 +282,17 @@ def test_the_memory_of_large_results_is_used_again():
         seen |= {advantages.data_ptr(), returns.data_ptr()}
         del advantages, returns
     assert len(seen) <= 4
+
+
+@pytest.mark.skipif(not _C.has_door(), reason="this torch has no exchange table")
+def test_released_memory_serves_no_larger_result():
+    sizes = (64, 96, 90)  # rows: the second needs more than the first left, the third no more than the second did
+    pointers = []
+    for rows in sizes:
+        x = torch.ones(rows, 4096, 5)
+        results = gae(x, x)
+        pointers.append({result.data_ptr() for result in results})
+        assert all(result.shape == x.shape for result in results)
+        del results
+    assert not pointers[0] & pointers[1]
+    assert pointers[2] <= pointers[1]
