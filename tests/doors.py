@@ -33,7 +33,7 @@ DOORS = {"dispatcher": dispatcher} | ({"eager": eager} if _C.has_door() else {})
 
 def stacked(advantages: Any, dim: int = -1) -> Tensor:
     """The objectives of any layout, last."""
-    return reference._objectives_last(advantages, dim)
+    return reference._combine._objectives_last(advantages, dim)
 
 
 def _pama(problem: Problem, dtype: torch.dtype) -> tuple[Any, ...]:

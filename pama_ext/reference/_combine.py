@@ -1,9 +1,4 @@
-"""The specification of this package in plain PyTorch, written in the order of the paper.
-
-What the compiled kernels compute is defined here, one formula per line, on any device. The method is PAMA
-(arXiv 2508.07768). Arithmetic is float64 for float64 input and float32 otherwise; pass ``advantages.double()``
-for ground truth.
-"""
+"""PAMA itself: normalisation, Noon, the indicator, the solve and the combination."""
 
 from __future__ import annotations
 
@@ -14,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pama_ext._gae import each
+from pama_ext._combine import Advantages
 from pama_ext._normalize import Normalize
 from pama_ext._result import Combined, ObjectiveStats
+from pama_ext.reference._min_norm import min_norm_kept
 
 LOG_RATIO_LIMIT = 20.0
-
-Advantages = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
 
 
 def combine(advantages: Advantages, *, dim: int = -1, **options: Any) -> Combined:
@@ -130,7 +124,7 @@ def pama(
         else:
             products = pooled(gated.unsqueeze(-1) * gated.unsqueeze(-2))
             gramian = products / pooled(taken.any(-1, keepdim=True)).clamp(min=1).unsqueeze(-1)
-            weights = _min_norm_kept(gramian, kept)
+            weights = min_norm_kept(gramian, kept)
             value = (weights.unsqueeze(-1) * weights.unsqueeze(-2) * gramian).sum((-1, -2)).clamp(min=0).sqrt()
 
     # The combination: sum over i of c_i A_i. Weight 0 and entries not taken add exactly 0, whatever stands there.
@@ -240,137 +234,6 @@ def closed_form(scalars: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     undefined = torch.isnan(low) | torch.isnan(high)
     value = torch.minimum(torch.maximum(torch.zeros_like(low), low), high)
     return torch.where(undefined, math.nan, weights), torch.where(undefined, math.nan, value).squeeze(-1)
-
-
-def min_norm(gramian: Tensor) -> Tensor:
-    """Min-norm point of the simplex; see :func:`pama_ext.min_norm`.
-
-    Wolfe's method: minimise over the affine hull of a support, step back to the simplex where that leaves it, and let
-    in the vector that points down most, until none does.
-    """
-    matrices = gramian.detach().double().reshape(-1, *gramian.shape[-2:])
-    weights = [_min_norm_point((g + g.T) / 2) for g in matrices]
-    dtype = torch.promote_types(gramian.dtype, torch.float32)
-    shape = gramian.shape[:-1]
-    return torch.stack(weights).reshape(shape).to(dtype) if weights else gramian.new_zeros(shape, dtype=dtype)
-
-
-def _min_norm_kept(gramian: Tensor, kept: Tensor) -> Tensor:
-    weights = torch.zeros_like(kept, dtype=gramian.dtype)
-    for problem in torch.ones(kept.shape[:-1]).nonzero().tolist() or ([[]] if kept.dim() == 1 else []):
-        at = tuple(problem)
-        some = kept[at].nonzero().squeeze(-1)
-        point = min_norm(gramian[at][some][:, some])
-        if point.isnan().any():
-            weights[at] = math.nan
-        else:
-            weights[at][some] = point
-    return weights
-
-
-def _min_norm_point(gram: Tensor) -> Tensor:
-    lengths = gram.diagonal().clamp(min=0).sqrt()
-    if not torch.isfinite(gram).all():
-        return torch.full_like(lengths, math.nan)
-    if (lengths == 0).any():
-        return (lengths == 0) / (lengths == 0).sum().double()
-    # u = c * lengths, in units of the shortest: a unit diagonal, raised by 2^-42 so that the minimum is unique.
-    scaled = gram / lengths / lengths.unsqueeze(1)
-    scaled.diagonal().fill_(1 + 2.0**-42)
-    b = lengths.min() / lengths
-    u = torch.zeros_like(b)
-    u[lengths.argmin()] = 1.0
-    for _ in range(20 * len(b)):
-        slope = scaled @ u - (u @ scaled @ u) * b
-        slope[u > 0] = 0.0
-        if slope.min() >= -4e-16 * len(b) * (u.sum() + b.max() * (u @ scaled @ u)):
-            break
-        support = [*(u > 0).nonzero().squeeze(-1).tolist(), int(slope.argmin())]
-        while True:
-            point = torch.zeros_like(u)
-            point[support] = torch.linalg.solve(scaled[support][:, support], b[support])
-            point = point / (b @ point)
-            if (point[support] > 0).all():
-                break
-            steps = {j: float(u[j] / (u[j] - point[j])) for j in support if point[j] <= 0}
-            step = min(steps.values())
-            u = u + step * (point - u)
-            support = [j for j in support if j not in steps or steps[j] > step]
-            u[[j for j in range(len(u)) if j not in support]] = 0.0
-        u = point
-    return u * b / (u @ b)
-
-
-def gae(
-    rewards: Advantages,
-    values: Advantages,
-    *,
-    dim: int = -1,
-    mask: Tensor | None = None,
-    gamma: float | Sequence[float] | Tensor = 1.0,
-    lam: float | Sequence[float] | Tensor = 0.95,
-    kl_penalty: Tensor | None = None,
-    bootstrap: Advantages | None = None,
-    offsets: Tensor | None = None,
-) -> tuple[Any, Any]:
-    """Generalised advantage estimation, the recursion as it is written down; see :func:`pama_ext.gae`."""
-    dim %= 3 if offsets is None else 2
-    names = tuple(values) if isinstance(values, Mapping) else None
-
-    def last(x: Advantages) -> Tensor:  # objectives last, in the arithmetic's dtype
-        stacked = torch.stack(each(x, dim, names), -1).detach()
-        return stacked.to(torch.promote_types(stacked.dtype, torch.float32))
-
-    v, r = last(values), last(rewards)
-    dtype = torch.promote_types(v.dtype, r.dtype)
-    v, r = v.to(dtype), r.to(dtype)
-    n = v.shape[-1]
-    valid = v.new_ones(v.shape[:-1], dtype=torch.bool) if mask is None else mask.detach() != 0
-    penalty = v.new_zeros(valid.shape) if kl_penalty is None else kl_penalty.detach().to(dtype)
-    gamma, lam = (torch.as_tensor(x, dtype=torch.float64, device=v.device).expand(n) for x in (gamma, lam))
-    decay = (gamma * lam).to(dtype)
-    gamma = gamma.to(dtype)
-
-    # Every sequence as a row, from its first token on; `at` is where its tokens stand.
-    tokens, shape = v.shape[:-1].numel(), v.shape
-    bounds = torch.arange(shape[0] + 1, device=v.device) * shape[1] if offsets is None else offsets.to(torch.int64)
-    starts, ends = bounds[:-1, None], bounds[1:, None]
-    at = starts + torch.arange(int((ends - starts).max()) if starts.numel() else 0, device=v.device)
-    exists = at < ends
-    at = torch.where(exists, at, 0)
-    row_v = v.reshape(tokens, n)[at]
-    row_penalty, row_valid = (x.reshape(tokens, 1)[at] for x in (penalty, valid))
-    row_valid = row_valid & exists.unsqueeze(-1)
-    outcome = r.shape != shape
-    row_r = None if outcome else r.reshape(tokens, n)[at]
-
-    score = r if outcome else v.new_zeros(len(at), n)  # counts at the last valid token
-    next_value = v.new_zeros(len(at), n) if bootstrap is None else last(bootstrap).to(dtype)
-    next_advantage = v.new_zeros(len(at), n)
-    row_advantages = torch.zeros_like(row_v)
-    for t in reversed(range(at.shape[1])):
-        here = row_valid[:, t]
-        reward = (score if row_r is None else row_r[:, t]) - row_penalty[:, t]
-        delta = reward + gamma * next_value - row_v[:, t]
-        advantage = delta + decay * next_advantage
-        row_advantages[:, t] = torch.where(here, advantage, 0.0)
-        next_advantage = torch.where(here, advantage, next_advantage)
-        next_value = torch.where(here, row_v[:, t], next_value)
-        score = torch.where(here, 0.0, score)
-
-    advantages = v.new_zeros(tokens, n)
-    advantages[at[exists]] = row_advantages[exists]
-    advantages = advantages.reshape(shape)
-    returns = torch.where(valid.unsqueeze(-1), advantages + v, 0.0)
-
-    def as_values(x: Tensor) -> Any:
-        types = [each(a, dim, names)[0].dtype for a in (rewards, values)]
-        x = x.to(torch.promote_types(*types))
-        if isinstance(values, Tensor):
-            return x.movedim(-1, dim).contiguous()
-        return list(x.unbind(-1)) if names is None else dict(zip(names, x.unbind(-1), strict=True))
-
-    return as_values(advantages), as_values(returns)
 
 
 def statistics(
