@@ -24,12 +24,7 @@ enum GaeArgument {
 };
 
 // A number in [0, 1]; false for all else.
-bool read_discount(PyObject* object, double& to) {
-  if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) return false;
-  to = PyFloat_AsDouble(object);
-  if (PyErr_Occurred()) PyErr_Clear(), to = -1.0;  // an int beyond any double
-  return to >= 0.0 && to <= 1.0;
-}
+bool read_discount(PyObject* object, double& to) { return read_number(object, to) && to >= 0.0 && to <= 1.0; }
 
 // gamma or lam as numbers: one for all objectives, or one for each.
 bool read_discounts(PyObject* object, int n, double* to) {

@@ -4,6 +4,8 @@
 #include <ATen/dlpack.h>
 #include <pybind11/pybind11.h>
 
+#include <cmath>
+
 #include "pama/combine.h"
 #include "pama/tensor.h"
 
@@ -16,13 +18,15 @@ struct Torch {
   const DLPackExchangeAPI* exchange = nullptr;  // null: this torch has none, door 2 stays closed
   PyTypeObject* tensor = nullptr;
   PyObject *new_empty, *requires_grad, *is_neg, *increment_version, *dispatch_modes, *function_modes, *tracing;
+  PyObject* grad_mode;
 } torch_;
 
 // This package's own Python side, handed over by _combine.py.
 PyTypeObject* combined_type = nullptr;   // PendingCombined
 PyTypeObject* normalize_type = nullptr;  // Normalize
 PyObject* stats_type = nullptr;          // ObjectiveStats
-PyObject* make_options = nullptr;        // _options: checked arguments -> CombineOptions
+PyTypeObject *policy_metrics_type = nullptr, *value_metrics_type = nullptr;
+PyObject* make_options = nullptr;  // _options: checked arguments -> CombineOptions
 PyObject *names_attribute = nullptr, *spec_attribute = nullptr, *groups_attribute = nullptr;
 
 // Leaves the door closed under a torch that lacks any of this, some of which is private to it.
@@ -44,6 +48,7 @@ void open_door() try {
   torch_.dispatch_modes = py::object(c.attr("_len_torch_dispatch_stack")).release().ptr();
   torch_.function_modes = py::object(c.attr("_is_torch_function_mode_enabled")).release().ptr();
   torch_.tracing = py::object(c.attr("_is_tracing")).release().ptr();
+  torch_.grad_mode = py::object(torch.attr("is_grad_enabled")).release().ptr();
   torch_.exchange = api;
 } catch (const py::error_already_set&) {  // door 1 serves all
 }
@@ -183,6 +188,24 @@ struct Inputs {
     return read_all();
   }
 };
+
+// A plain number; false for all else.
+bool read_number(PyObject* object, double& to) {
+  if (!PyFloat_CheckExact(object) && !PyLong_CheckExact(object)) return false;
+  to = PyFloat_AsDouble(object);
+  if (!PyErr_Occurred()) return true;
+  PyErr_Clear();  // an int beyond any double
+  return false;
+}
+
+// A finite number for each objective; false for all else.
+bool read_weights(PyObject* weights, int n, double* to) {
+  if (!PyList_CheckExact(weights) && !PyTuple_CheckExact(weights)) return false;
+  if (PySequence_Fast_GET_SIZE(weights) != n) return false;
+  for (int i = 0; i < n; ++i)
+    if (!read_number(PySequence_Fast_GET_ITEM(weights, i), to[i]) || !std::isfinite(to[i])) return false;
+  return true;
+}
 
 void* current_stream(const pama::Device& device) {
   void* stream = nullptr;

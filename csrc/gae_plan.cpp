@@ -11,16 +11,6 @@ DType promoted(DType a, DType b) {
   return a == DType::kFloat64 || b == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
 }
 
-const char* plan_numbers(const TensorView* t, const GaeParams& p, PerObjective& to, const char* problem) {
-  to.data = nullptr;
-  if (!t) return nullptr;
-  if (t->ndim != 1 || t->sizes[0] != p.n || !is_float(t->dtype) || !(t->device == p.device)) return problem;
-  to.data = t->data;
-  to.dtype = t->dtype;
-  to.stride = t->strides[0];
-  return nullptr;
-}
-
 // How many sequences, and whether the offsets fit. Those on the CPU are looked at.
 const char* plan_offsets(const TensorView* t, GaeParams& p) {
   p.offsets = nullptr;
@@ -97,9 +87,11 @@ const char* plan_gae(const GaeTensors& tensors, GaeParams& p) {
     p.kl = plane(*t);
     p.kl_dtype = t->dtype;
   }
-  if (const char* problem = plan_numbers(tensors.gamma, p, p.gamma, "gamma: expected floating [N], where values is"))
+  if (const char* problem =
+          plan_numbers(tensors.gamma, p.n, p.device, p.gamma, "gamma: expected floating [N], where values is"))
     return problem;
-  if (const char* problem = plan_numbers(tensors.lam, p, p.lam, "lam: expected floating [N], where values is"))
+  if (const char* problem =
+          plan_numbers(tensors.lam, p.n, p.device, p.lam, "lam: expected floating [N], where values is"))
     return problem;
 
   // The outputs are contiguous, with the objectives at `dim`.

@@ -8,24 +8,12 @@
 #include <iterator>
 
 #include "eager_gae.h"
+#include "eager_loss.h"
 #include "eager_results.h"
 #include "eager_tensors.h"
 #include "torch_runtime.h"
 
 namespace {
-
-bool read_rewards(PyObject* rewards, pama::CombineParams& p) {
-  if (!PyList_CheckExact(rewards) && !PyTuple_CheckExact(rewards)) return false;
-  if (PySequence_Fast_GET_SIZE(rewards) != p.n) return false;
-  for (int i = 0; i < p.n; ++i) {
-    PyObject* weight = PySequence_Fast_GET_ITEM(rewards, i);
-    if (!PyFloat_CheckExact(weight) && !PyLong_CheckExact(weight)) return false;
-    p.reward_values[i] = PyFloat_AsDouble(weight);
-    if (PyErr_Occurred()) PyErr_Clear(), p.reward_values[i] = NAN;  // an int beyond any double
-    if (!std::isfinite(p.reward_values[i])) return false;
-  }
-  return true;
-}
 
 // The tensor for the combination.
 py::object new_output(const Inputs& in, int64_t dim, pama::CombineParams& p) {
@@ -95,7 +83,8 @@ const pama::CombineOptions* options_of(PyObject* const* arguments, PyObject* nor
   return options;
 }
 
-py::object run(PyObject* const* arguments, bool in_place) {
+template <bool kInPlace>
+py::object run(PyObject* const* arguments) {
   if (!torch_.exchange || modes_active()) return py::none();
   // torch.jit.trace, which is deprecated, would bake a result in. Asking takes long, so where out= is given nobody
   // asks.
@@ -126,24 +115,24 @@ py::object run(PyObject* const* arguments, bool in_place) {
     optional[k] = &views[k];
   }
   if (optional[kOutView] && requires_grad(out.ptr())) return py::none();
-  for (int i = 0; in_place && i < in.count; ++i)
+  for (int i = 0; kInPlace && i < in.count; ++i)
     if (requires_grad(in.objects[i])) return py::none();
 
   pama::CombineParams params;
   params.weighted = false;
   if (pama::plan_combine(options,
                          {in.views, in.count, in.listed, optional[kMaskView], optional[kRatioView],
-                          optional[kRewardView], optional[kGroupsView], optional[kOutView], in_place},
+                          optional[kRewardView], optional[kGroupsView], optional[kOutView], kInPlace},
                          params))
     return py::none();
   if (!reward_weights.is_none() && !optional[kRewardView]) {
-    if (!read_rewards(reward_weights.ptr(), params)) return py::none();
+    if (!read_weights(reward_weights.ptr(), params.n, params.reward_values)) return py::none();
     params.weighted = true;
   }
 
-  if (in_place || !out.is_none()) mark_written(in_place ? in.objects : &arguments[kOut], in_place ? in.count : 1);
-  py::object result = py::reinterpret_borrow<py::object>(in_place ? advantages : out);
-  if (!in_place && out.is_none()) result = new_output(in, options.dim, params);
+  if (kInPlace || !out.is_none()) mark_written(kInPlace ? in.objects : &arguments[kOut], kInPlace ? in.count : 1);
+  py::object result = py::reinterpret_borrow<py::object>(kInPlace ? advantages : out);
+  if (!kInPlace && out.is_none()) result = new_output(in, options.dim, params);
   py::object combined = new_combined(result.ptr(), allocate_packed(params));
   void* const stream = current_stream(params.device);
   if (params.tokens() * params.n < 64 * 1024) {
@@ -188,16 +177,10 @@ PyObject* guarded(F f) {
   return nullptr;
 }
 
-template <bool kInPlace>
+template <int kCount, py::object (*kRun)(PyObject* const*)>
 PyObject* call(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != kArguments) return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", kArguments, count);
-  return guarded([&] { return run(arguments, kInPlace); });
-}
-
-PyObject* call_gae(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  if (count != kGaeArguments)
-    return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", kGaeArguments, count);
-  return guarded([&] { return run_gae(arguments); });
+  if (count != kCount) return PyErr_Format(PyExc_TypeError, "expected %d arguments, got %zd", kCount, count);
+  return guarded([&] { return kRun(arguments); });
 }
 
 PyObject* call_min_norm(PyObject*, PyObject* gramian) {
@@ -205,10 +188,17 @@ PyObject* call_min_norm(PyObject*, PyObject* gramian) {
 }
 
 // Not through pybind11's own dispatch, whose argument conversion is a tenth of the whole call.
+template <int kCount, py::object (*kRun)(PyObject* const*)>
+PyMethodDef method(const char* name) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call<kCount, kRun>)), METH_FASTCALL, nullptr};
+}
 PyMethodDef methods[] = {
-    {"combine", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call<false>)), METH_FASTCALL, nullptr},
-    {"combine_", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call<true>)), METH_FASTCALL, nullptr},
-    {"gae", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(call_gae)), METH_FASTCALL, nullptr},
+    method<kArguments, run<false>>("combine"),
+    method<kArguments, run<true>>("combine_"),
+    method<kGaeArguments, run_gae>("gae"),
+    method<kPolicyArguments, run_policy_loss>("policy_loss"),
+    method<kValueArguments, run_value_loss>("value_loss"),
+    method<5, run_scale>("scale"),
     {"min_norm", call_min_norm, METH_O, nullptr},
 };
 
@@ -234,6 +224,10 @@ PYBIND11_MODULE(_C, m) {
     normalize_type = reinterpret_cast<PyTypeObject*>(normalize.release().ptr());
     stats_type = stats.release().ptr();
     make_options = options.release().ptr();
+  });
+  m.def("set_loss_metrics", [](py::object policy, py::object value) {
+    policy_metrics_type = reinterpret_cast<PyTypeObject*>(policy.release().ptr());
+    value_metrics_type = reinterpret_cast<PyTypeObject*>(value.release().ptr());
   });
   m.def("has_door", [] { return torch_.exchange != nullptr; });
   m.def("cuda_architectures", [] { return py::str(PAMA_CUDA_ARCHITECTURES).attr("split")(); });

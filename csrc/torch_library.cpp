@@ -33,6 +33,20 @@ STABLE_TORCH_LIBRARY(pama_ext, m) {
       "gae(Tensor[] rewards, Tensor[] values, int dim, Tensor? mask, Tensor? gamma, float[] gamma_values, "
       "Tensor? lam, float[] lam_values, Tensor? kl_penalty, Tensor[] bootstrap, Tensor? offsets) "
       "-> (Tensor advantages, Tensor returns)");
+  // advantages: a tensor [B, T] or [B] for each objective; their sum, by weights [N] (a tensor, or numbers), is the
+  // advantage. metrics: the scalars of PolicyMetrics in its order and, per objective, [N] twice. The loss is scale[0]
+  // times a sum over tokens, whose derivative by log_probs is gradient; by rows, scale[1 + row] times scale[0].
+  m.def(
+      "policy_loss(Tensor log_probs, Tensor old_log_probs, Tensor[] advantages, bool per_objective, Tensor? weights, "
+      "float[] weight_values, Tensor? mask, Tensor? ref_log_probs, float clip_low, float clip_high, float? dual_clip, "
+      "float? max_weight, float kl_coef, str aggregate, Tensor? normalizer, float? normalizer_value, bool "
+      "needs_gradient) -> (Tensor loss, Tensor gradient, Tensor scale, Tensor metrics)");
+  // values: one tensor [B, T, N], or a tensor [B, T] for each objective, as old_values (none: not clipped) and returns.
+  // gradient: [B, T, N], or [N, B, T]. metrics: those of ValueMetrics, [3, N].
+  m.def(
+      "value_loss(Tensor[] values, Tensor[] old_values, Tensor[] returns, float clip, Tensor? mask, str aggregate, "
+      "Tensor? normalizer, float? normalizer_value, bool needs_gradient) "
+      "-> (Tensor loss, Tensor gradient, Tensor scale, Tensor metrics)");
 }
 
 namespace {
@@ -246,6 +260,124 @@ std::tuple<Tensor, Tensor> gae(Tensors rewards, Tensors values, int64_t dim, May
   return {advantages, returns};
 }
 
+// Loss, gradient (empty if not wanted), scale and metrics.
+using Loss = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+// Runs a planned loss. `like` is a tensor of the gradient's dtype and device, `sizes` the gradient's.
+template <class Params>
+Loss run_loss(Params& p, const std::optional<double>& normalizer, bool needs_gradient, const Tensor& like,
+              const std::vector<int64_t>& sizes, int64_t (*workspace_of)(const Params&),
+              void (*run)(const Params&, void*)) {
+  if (normalizer) {
+    p.normalized = true;
+    p.normalizer_value = *normalizer;
+  }
+  const auto make = [&](const std::vector<int64_t>& shape, ScalarType dtype) {
+    return torch::stable::empty(shape, dtype, std::nullopt, like.device());
+  };
+  const ScalarType compute = p.wide ? ScalarType::Double : ScalarType::Float;
+  const Tensor loss = make({}, compute), scale = make({p.scales()}, compute),
+               metrics = make({p.metrics_size()}, compute);
+  const Tensor gradient = make(needs_gradient ? sizes : std::vector<int64_t>{0}, like.scalar_type());
+  p.loss = loss.data_ptr();
+  p.scale = scale.data_ptr();
+  p.metrics = metrics.data_ptr();
+  if (needs_gradient) p.gradient = static_cast<char*>(gradient.data_ptr());
+  Tensor workspace;
+  if (const int64_t bytes = workspace_of(p)) {
+    workspace = make({bytes}, ScalarType::Byte);
+    p.workspace = workspace.data_ptr();
+  }
+  run(p, current_stream(p.device));
+  return {loss, gradient, scale, metrics};
+}
+
+// Views of tensors, of which a whole one [B, T, N] makes N.
+struct Views {
+  std::vector<pama::TensorView> each;
+  int64_t sizes[2], strides[2];
+
+  explicit Views(const Tensors& tensors) {
+    for (const Tensor& t : tensors) each.push_back(view(t));
+    if (each.size() != 1 || each[0].ndim != 3) return;
+    const pama::TensorView whole = each[0];
+    each.clear();
+    for (int d = 0; d < 2; ++d) sizes[d] = whole.sizes[d], strides[d] = whole.strides[d];
+    for (int64_t i = 0; i < whole.sizes[2]; ++i)
+      each.push_back({static_cast<char*>(whole.data) + i * whole.strides[2] * size_of(whole.dtype), whole.dtype,
+                      whole.device, 2, sizes, strides});
+  }
+  Views(const Views&) = delete;
+  int size() const { return static_cast<int>(each.size()); }
+};
+
+Loss policy_loss(Tensor log_probs, Tensor old_log_probs, Tensors advantages, bool per_objective, MaybeTensor weights,
+                 std::vector<double> weight_values, MaybeTensor mask, MaybeTensor ref_log_probs, double clip_low,
+                 double clip_high, std::optional<double> dual_clip, std::optional<double> max_weight, double kl_coef,
+                 StringHandle aggregate, MaybeTensor normalizer, std::optional<double> normalizer_value,
+                 bool needs_gradient) {
+  const size_t n = advantages.size();
+  if (n < 1 || n > pama::kMaxObjectives) throw std::invalid_argument("advantages: expected 1 to 64 tensors");
+  const pama::PolicyOptions options{clip_low,
+                                    clip_high,
+                                    dual_clip.value_or(HUGE_VAL),
+                                    max_weight.value_or(HUGE_VAL),
+                                    kl_coef,
+                                    pama::aggregate_named(text(aggregate).c_str())};
+  pama::TensorView each[pama::kMaxObjectives], others[6];
+  for (size_t i = 0; i < n; ++i) each[i] = view(advantages[i]);
+  const MaybeTensor* given[4] = {&weights, &mask, &ref_log_probs, &normalizer};
+  const pama::TensorView* optional[4] = {};
+  for (int k = 0; k < 4; ++k)
+    if (given[k]->has_value()) optional[k] = &(others[k] = view(given[k]->value()));
+  others[4] = view(log_probs);
+  others[5] = view(old_log_probs);
+  pama::PolicyParams params;
+  if (const char* problem = pama::plan_policy_loss(options,
+                                                   {&others[4], &others[5], each, static_cast<int>(n), per_objective,
+                                                    optional[0], optional[1], optional[2], optional[3]},
+                                                   params))
+    throw std::invalid_argument(problem);
+  if (!weights) {
+    if (weight_values.size() != n) throw std::invalid_argument("weights: expected one number per objective");
+    for (size_t i = 0; i < n; ++i) params.weights.values[i] = weight_values[i];
+  }
+  const std::vector<int64_t> sizes(log_probs.sizes().begin(), log_probs.sizes().end());
+  return run_loss(params, normalizer_value, needs_gradient, log_probs, sizes, pama::policy_loss_workspace,
+                  pama::run_policy_loss);
+}
+
+Loss value_loss(Tensors values, Tensors old_values, Tensors returns, double clip, MaybeTensor mask,
+                StringHandle aggregate, MaybeTensor normalizer, std::optional<double> normalizer_value,
+                bool needs_gradient) {
+  if (values.empty() || returns.empty()) throw std::invalid_argument("values, returns: expected 1 to 64 tensors");
+  const Views value(values), old(old_values), target(returns);
+  const int n = value.size();
+  if (n < 1 || n > pama::kMaxObjectives) throw std::invalid_argument("values: expected 1 to 64 objectives");
+  if (target.size() != n) throw std::invalid_argument("returns: expected as many objectives as values");
+  if (!old_values.empty() && old.size() != n)
+    throw std::invalid_argument("old_values: expected as many objectives as values");
+  pama::TensorView views[2];
+  if (mask) views[0] = view(*mask);
+  if (normalizer) views[1] = view(*normalizer);
+  const bool whole = values[0].dim() == 3;
+  pama::ValueParams params;
+  const pama::ValueTensors tensors{value.each.data(),
+                                   old_values.empty() ? nullptr : old.each.data(),
+                                   target.each.data(),
+                                   n,
+                                   whole,
+                                   mask ? &views[0] : nullptr,
+                                   normalizer ? &views[1] : nullptr};
+  if (const char* problem =
+          pama::plan_value_loss(pama::aggregate_named(text(aggregate).c_str()), clip, tensors, params))
+    throw std::invalid_argument(problem);
+  std::vector<int64_t> sizes(values[0].sizes().begin(), values[0].sizes().end());
+  if (!whole) sizes.insert(sizes.begin(), n);
+  return run_loss(params, normalizer_value, needs_gradient, values[0], sizes, pama::value_loss_workspace,
+                  pama::run_value_loss);
+}
+
 template <class Library>
 void register_kernels(Library& m) {
   m.impl("combine", TORCH_BOX(&combine));
@@ -253,6 +385,8 @@ void register_kernels(Library& m) {
   m.impl("combine_", TORCH_BOX(&combine_));
   m.impl("min_norm", TORCH_BOX(&min_norm));
   m.impl("gae", TORCH_BOX(&gae));
+  m.impl("policy_loss", TORCH_BOX(&policy_loss));
+  m.impl("value_loss", TORCH_BOX(&value_loss));
 }
 
 }  // namespace

@@ -26,10 +26,7 @@ def options(dim: Any, clip_low: Any, clip_high: Any, noon: Any, level: Any, solv
     if isinstance(dim, bool) or not isinstance(dim, Integral):
         raise TypeError(f"dim: expected an int, got {kind_of(dim)}")
     for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
-        if isinstance(clip, bool) or not isinstance(clip, Real):
-            raise TypeError(f"{name}: expected a float, got {kind_of(clip)}")
-        if not float(clip) >= 0:
-            raise ValueError(f"{name}: expected a clip range >= 0, got {clip}")
+        _number(name, clip, clip_range=True)
     for name, flag in (("noon", noon), ("skip_inactive", skip_inactive)):
         if not isinstance(flag, (bool, Integral)):
             raise TypeError(f"{name}: expected a bool, got {kind_of(flag)}")
@@ -109,8 +106,7 @@ def gae(rewards: Any, values: Any, dim: Any, mask: Any, kl_penalty: Any, bootstr
             raise ValueError(f"{name}: expected {want} for each objective, got {list(shape)}")
         if tensor.device != first.device:
             raise ValueError(f"{name}: expected device {first.device} as values, got {tensor.device}")
-        if isinstance(argument, Mapping) and isinstance(values, Mapping) and set(argument) != set(values):
-            raise ValueError(f"{name}: expected the keys of values {list(values)}, got {list(argument)}")
+        _same_keys(name, argument, values)
 
     for name, tensor in (("mask", mask), ("kl_penalty", kl_penalty)):
         if tensor is not None:
@@ -140,11 +136,119 @@ def per_objective(name: str, value: Any, n: int, first: Tensor) -> tuple[Tensor 
     return None, [float(number) for number in numbers]
 
 
+AGGREGATES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean")
+
+
+def policy_options(
+    clip_low: Any, clip_high: Any, dual_clip: Any, max_weight: Any, kl_coef: Any, aggregate: Any
+) -> None:
+    """Check the arguments of ``policy_loss`` that are not tensors, for their meaning alone."""
+    for name, clip in (("clip_low", clip_low), ("clip_high", clip_high)):
+        _number(name, clip, clip_range=True)
+    if dual_clip is not None and not _number("dual_clip", dual_clip) > 1:
+        raise ValueError(f"dual_clip: expected a number > 1, got {dual_clip}")
+    if max_weight is not None and not 0 < _number("max_weight", max_weight) < math.inf:
+        raise ValueError(f"max_weight: expected a finite number > 0, got {max_weight}")
+    if dual_clip is not None and max_weight is not None:
+        raise ValueError("dual_clip: expected none beside max_weight, with which nothing is clipped")
+    if not 0 <= _number("kl_coef", kl_coef) < math.inf:
+        raise ValueError(f"kl_coef: expected a finite number >= 0, got {kl_coef}")
+    one_of("aggregate", aggregate, AGGREGATES)
+
+
+def policy_loss(
+    log_probs: Any,
+    old_log_probs: Any,
+    advantages: Any,
+    objective_advantages: Any,
+    weights: Any,
+    mask: Any,
+    ref_log_probs: Any,
+    kl_coef: Any,
+) -> int:
+    """Check the tensors of ``policy_loss`` and return how many advantages there are."""
+    _floating("log_probs", log_probs)
+    if log_probs.dim() != 2:
+        raise ValueError(f"log_probs: expected [B, T], got {_list(log_probs.shape)}")
+    _served("log_probs", log_probs)
+    shape = log_probs.shape
+    for name, tensor in (("old_log_probs", old_log_probs), ("ref_log_probs", ref_log_probs), ("mask", mask)):
+        if tensor is not None or name == "old_log_probs":
+            _beside(name, tensor, shape, log_probs, "log_probs")
+            if name != "mask":
+                _floating(name, tensor)
+    if mask is not None:
+        _mask_dtype(mask)
+    if ref_log_probs is None and kl_coef != 0:
+        raise ValueError(f"ref_log_probs: expected them for kl_coef {kl_coef}, got None")
+    if (advantages is None) == (objective_advantages is None):
+        raise ValueError("advantages: expected either these or objective_advantages")
+    if objective_advantages is None:
+        if weights is not None:
+            raise ValueError("weights: expected none without objective_advantages")
+        _floating("advantages", advantages)
+        _tokens_or_rows("advantages", advantages, advantages.shape, shape, log_probs)
+        return 1
+    name = "objective_advantages"
+    each, n, first = _per_objective_shape(name, objective_advantages, 2, 2)
+    if not 1 <= n <= MAX_OBJECTIVES:
+        raise ValueError(f"{name}: expected from 1 to {MAX_OBJECTIVES} objectives, got {n}")
+    _tokens_or_rows(name, first, each, shape, log_probs)
+    if isinstance(weights, Tensor):
+        _vector("weights", weights, n, log_probs, "log_probs")
+    elif weights is not None:
+        _finite_numbers("weights", weights, n)
+    return n
+
+
+def value_loss(values: Any, old_values: Any, returns: Any, mask: Any, clip: Any, aggregate: Any) -> tuple[int, Tensor]:
+    """Check the arguments of ``value_loss``; return how many objectives there are and a tensor of ``values``."""
+    one_of("aggregate", aggregate, AGGREGATES)
+    if clip is not None:
+        _number("clip", clip, clip_range=True)
+    shape, n, first = _heads_shape("values", values)
+    if not 1 <= n <= MAX_OBJECTIVES:
+        raise ValueError(f"values: expected from 1 to {MAX_OBJECTIVES} objectives, got {n}")
+    _served("values", first)
+    for name, argument in (("returns", returns), ("old_values", old_values)):
+        if name == "old_values" and clip is None:
+            continue
+        own, count, tensor = _heads_shape(name, argument)
+        if count != n:
+            raise ValueError(f"{name}: expected {n} objectives as in values, got {count}")
+        if own != shape:
+            raise ValueError(f"{name}: expected {_list(shape)} for each objective as in values, got {_list(own)}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: expected device {first.device} as values, got {tensor.device}")
+        _same_keys(name, argument, values)
+    if mask is not None:
+        _beside("mask", mask, shape, first, "values")
+        _mask_dtype(mask)
+    return n, first
+
+
+def normalizer(value: Any, first: Tensor, main: str) -> tuple[Tensor | None, float | None]:
+    """Check ``normalizer``; return it as a tensor or as a number."""
+    if value is None:
+        return None, None
+    if not isinstance(value, Tensor):
+        if not 0 <= _number("normalizer", value) < math.inf:
+            raise ValueError(f"normalizer: expected a finite number >= 0, got {value}")
+        return None, float(value)
+    strided_tensor("normalizer", value)
+    if value.numel() != 1:
+        raise ValueError(f"normalizer: expected a tensor of one element, got {_list(value.shape)}")
+    wide_integers = (torch.int32, torch.int64, torch.uint32, torch.uint64)
+    if value.dtype not in FLOATING and value.dtype not in wide_integers:
+        raise TypeError(f"normalizer: expected a floating tensor or 32 or 64 bit integers, got {value.dtype}")
+    if value.device != first.device:
+        raise ValueError(f"normalizer: expected device {first.device} as {main}, got {value.device}")
+    return value.detach(), None
+
+
 def gramian(matrix: Any) -> None:
     """Check the argument of ``min_norm``."""
-    strided_tensor("gramian", matrix)
-    if matrix.dtype not in FLOATING:
-        raise TypeError(f"gramian: expected float32, float64, float16 or bfloat16, got {matrix.dtype}")
+    _floating("gramian", matrix)
     if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
         raise ValueError(f"gramian: expected [..., N, N], got {_list(matrix.shape)}")
     if not 1 <= matrix.shape[-1] <= MAX_OBJECTIVES:
@@ -157,9 +261,7 @@ def _objectives(advantages: Sequence[Any], dim: int | None, names: tuple[Any, ..
         raise ValueError("advantages: expected at least one objective, got none")
     for i, tensor in enumerate(advantages):
         name = "advantages" if dim is not None else f"advantages[{names[i] if names else i!r}]"
-        strided_tensor(name, tensor)
-        if tensor.dtype not in FLOATING:
-            raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
+        _floating(name, tensor)
     if names is not None and not all(isinstance(name, str) for name in names):
         raise TypeError(f"advantages: expected str keys, got {names!r}")
     first = advantages[0]
@@ -218,9 +320,7 @@ def _per_objective_shape(name: str, argument: Any, dim: int, time: int) -> tuple
     if isinstance(argument, Mapping) and not all(isinstance(key, str) for key in argument):
         raise TypeError(f"{name}: expected str keys, got {tuple(argument)!r}")
     for label, tensor in zip(labels, tensors, strict=True):
-        strided_tensor(label, tensor)
-        if tensor.dtype not in FLOATING:
-            raise TypeError(f"{label}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
+        _floating(label, tensor)
         for what in ("shape", "dtype", "device"):
             ours, theirs = getattr(tensor, what), getattr(tensors[0], what)
             if ours != theirs:
@@ -275,15 +375,59 @@ def _rewards(reward_weights: Any, first: Tensor, n: int) -> None:
     if isinstance(reward_weights, Tensor):
         _vector("reward_weights", reward_weights, n, first, "advantages")
         return
-    if isinstance(reward_weights, (str, bytes)) or not isinstance(reward_weights, Sequence):
-        raise TypeError(f"reward_weights: expected a tensor or a sequence of floats, got {kind_of(reward_weights)}")
-    for weight in reward_weights:
-        if isinstance(weight, bool) or not isinstance(weight, Real):
-            raise TypeError(f"reward_weights: expected floats, got {kind_of(weight)}")
-        if not math.isfinite(weight):
-            raise ValueError(f"reward_weights: expected finite numbers, got {weight}")
-    if len(reward_weights) != n:
-        raise ValueError(f"reward_weights: expected one per objective ({n}), got {len(reward_weights)}")
+    _finite_numbers("reward_weights", reward_weights, n)
+
+
+def _finite_numbers(name: str, numbers: Any, n: int) -> None:
+    """Check a sequence with a number for each objective."""
+    if isinstance(numbers, (str, bytes)) or not isinstance(numbers, Sequence):
+        raise TypeError(f"{name}: expected a tensor or a sequence of floats, got {kind_of(numbers)}")
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, Real):
+            raise TypeError(f"{name}: expected floats, got {kind_of(number)}")
+        if not math.isfinite(number):
+            raise ValueError(f"{name}: expected finite numbers, got {number}")
+    if len(numbers) != n:
+        raise ValueError(f"{name}: expected one per objective ({n}), got {len(numbers)}")
+
+
+def _number(name: str, value: Any, clip_range: bool = False) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a float, got {kind_of(value)}")
+    if clip_range and not float(value) >= 0:
+        raise ValueError(f"{name}: expected a clip range >= 0, got {value}")
+    return float(value)
+
+
+def _floating(name: str, tensor: Any) -> None:
+    strided_tensor(name, tensor)
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected float32, float64, float16 or bfloat16, got {tensor.dtype}")
+
+
+def _tokens_or_rows(name: str, tensor: Tensor, own: Sequence[int], shape: Sequence[int], first: Tensor) -> None:
+    """Check that the shape of one objective is that of ``log_probs`` or of its rows, and the device of ``tensor``."""
+    if own != shape and own != shape[:1]:
+        each = " for each objective" if name == "objective_advantages" else ""
+        raise ValueError(f"{name}: expected {_list(shape)} or {_list(shape[:1])}{each}, got {_list(own)}")
+    if tensor.device != first.device:
+        raise ValueError(f"{name}: expected device {first.device} as log_probs, got {tensor.device}")
+
+
+def _heads_shape(name: str, heads: Any) -> tuple[torch.Size, int, Tensor]:
+    """Shape of one objective of an argument of ``value_loss``, how many there are, and a tensor of them."""
+    if isinstance(heads, Tensor) and heads.dim() == 2:
+        _floating(name, heads)
+        return heads.shape, 1, heads
+    shape, n, first = _per_objective_shape(name, heads, 2, 2)
+    if len(shape) != 2:
+        raise ValueError(f"{name}: expected [B, T, N], [B, T], or N tensors [B, T], got {_form(heads)}")
+    return shape, n, first
+
+
+def _same_keys(name: str, argument: Any, values: Any) -> None:
+    if isinstance(argument, Mapping) and isinstance(values, Mapping) and set(argument) != set(values):
+        raise ValueError(f"{name}: expected the keys of values {list(values)}, got {list(argument)}")
 
 
 def objective_dim(objectives: Tensor, dim: int) -> int:

@@ -117,7 +117,7 @@ class Kernel : Observer<C> {
     tiles(first, last, [&](int64_t t, int count) {
       load_valid(p, t, count, tile);
       fill(tile.out, 0, count + kLanes - 1, C{0});
-      if (together) load_objectives<S>(p, true, t, count, tile.x, stride);
+      if (together) load_objectives<S>(p, p.advantages, true, t, count, tile.x, stride);
       if (mark) fill(tile.taken, 0, count + kLanes - 1, 0);
       for (int i = 0; i < p.n; ++i) {
         const C weight = static_cast<C>(weights[i]);
@@ -197,7 +197,7 @@ class Kernel : Observer<C> {
 
   template <class S>
   void load_all(int64_t t, int count) {
-    if (!p.sums) return load_objectives<S>(p, adjacent, t, count, tile.x, stride);
+    if (!p.sums) return load_objectives<S>(p, p.advantages, adjacent, t, count, tile.x, stride);
     for (int i = 0; i < p.n; ++i) load_objective<S>(i, t, count, tile.x + i * stride);
   }
 
@@ -211,7 +211,7 @@ class Kernel : Observer<C> {
   template <class S>
   void load_samples(int64_t t, int count) {
     load_valid(p, t, count, tile);
-    load_objectives<S>(p, adjacent, t, count, tile.x, stride);
+    load_objectives<S>(p, p.advantages, adjacent, t, count, tile.x, stride);
     if (!p.absent_zero) return;
     for (int k = 0; k < count; ++k) tile.valid[k] = tile.x[k] == 0 && __builtin_signbit(tile.x[k]) ? 0 : -1;
   }

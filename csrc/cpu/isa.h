@@ -3,6 +3,7 @@
 
 #include "pama/combine.h"
 #include "pama/gae.h"
+#include "pama/loss.h"
 #include "pama/moments.h"
 
 namespace pama {
@@ -12,6 +13,14 @@ struct TokenShares {
   double weights[kMaxObjectives];
   double value;
   int64_t used;
+};
+
+struct PolicySums : PolicyTotals {
+  double clipped[kMaxObjectives], gradient[kMaxObjectives];
+};
+struct ValueSums {
+  int64_t tokens, sequences;
+  double losses[kMaxObjectives], clipped[kMaxObjectives], values[kMaxObjectives];
 };
 
 // Each works on the tokens from `first` to `last` and merges into moments[n]; `scan` and `tokens` on groups, if they
@@ -27,6 +36,10 @@ struct CpuKernels {
   void (*sum_rows)(const CombineParams&, int64_t first, int64_t last);                       // rows
   void (*rewrite)(const CombineParams&, int64_t first, int64_t last);
   void (*gae)(const GaeParams&, int64_t first, int64_t last);  // whole sequences
+  // These add to the sums; where rows count, on rows.
+  void (*policy_loss)(const PolicyParams&, int64_t first, int64_t last, PolicySums&);
+  void (*value_loss)(const ValueParams&, int64_t first, int64_t last, ValueSums&);
+  void (*scale)(const ScaleParams&, int64_t first, int64_t last);  // elements
 };
 
 const CpuKernels& active_kernels();  // of the best instruction set that this machine has

@@ -106,8 +106,8 @@ void load_plane(const Params& p, const Plane& q, int64_t first, int count, C* ds
   });
 }
 
-template <class S, class C>
-void store_plane(const CombineParams& p, const Plane& q, int64_t first, int count, const C* src) {
+template <class S, class C, class Params>
+void store_plane(const Params& p, const Plane& q, int64_t first, int count, const C* src) {
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
     S* __restrict to = at<S>(q, row, col);
     const C* __restrict from = src + done;
@@ -178,14 +178,15 @@ inline bool interleaved(const Plane* planes, int n, DType dtype) {
   return true;
 }
 
-template <class S, class C>
-void load_objectives(const CombineParams& p, bool adjacent, int64_t first, int count, C* dst, int stride) {
+template <class S, class C, class Params>
+void load_objectives(const Params& p, const Plane* planes, bool adjacent, int64_t first, int count, C* dst,
+                     int stride) {
   if (!adjacent) {
-    for (int i = 0; i < p.n; ++i) load_plane<S>(p, p.advantages[i], first, count, dst + i * stride);
+    for (int i = 0; i < p.n; ++i) load_plane<S>(p, planes[i], first, count, dst + i * stride);
     return;
   }
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
-    const S* src = at<const S>(p.advantages[0], row, col);
+    const S* src = at<const S>(planes[0], row, col);
     C* to = dst + done;
     switch (p.n) {
       case 2: return deinterleave<2>(src, m, 2, to, stride);
@@ -236,22 +237,10 @@ void load_valid(const CombineParams& p, int64_t first, int count, Tile<C>& tile)
   fill(tile.valid, count, (count + lanes - 1) / lanes * lanes, 0);
 }
 
-// The largest float <= x and the smallest float >= x: comparing against them is comparing against x exactly.
-inline float round_down(double x) {
-  const float f = static_cast<float>(x);
-  return static_cast<double>(f) > x ? nextafterf(f, -HUGE_VALF) : f;
-}
-inline float round_up(double x) { return -round_down(-x); }
-
 template <class S, class C>
 void load_gates_as(const CombineParams& p, int64_t first, int count, Tile<C>& tile) {
   using L = typename Storage<S>::Compute;
-  L high, low;
-  if constexpr (sizeof(L) == 8) {
-    high = p.log_high, low = p.log_low;
-  } else {
-    high = round_down(p.log_high), low = round_up(p.log_low);
-  }
+  const L high = at_most<L>(p.log_high), low = at_least<L>(p.log_low);
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
     const S* __restrict src = at<const S>(p.log_ratio, row, col);
     auto* __restrict not_above = tile.not_above + done;

@@ -8,10 +8,9 @@
 #include <cooperative_groups.h>
 
 #include <algorithm>
-#include <atomic>
 
-#include "check.h"
 #include "entry.cuh"
+#include "launch.h"
 #include "normalize.h"
 #include "pama/solve.h"
 
@@ -333,44 +332,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) combine_kernel(const _
     write_statistics(shared.pool[threadIdx.x], threadIdx.x, p.n, static_cast<C*>(p.packed));
 }
 
-// Blocks of combine_kernel<S> that are resident together, as a cooperative launch needs; asked once per device.
-template <class S>
-int resident_blocks(int device) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];
-  if (device < kDevices && known[device]) return known[device];
-  const DeviceGuard guard(device);
-  int multiprocessors = 0, each = 0;
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, combine_kernel<S>, kThreads, 0),
-             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  const int blocks = multiprocessors * std::clamp(each, 1, kBlocksPerSM);
-  if (device < kDevices) known[device] = blocks;
-  return blocks;
-}
-
 template <class S>
 int blocks_for(const CombineParams& p) {
   if (p.tokens() * p.n <= kSingleBlockElements) return 1;
   constexpr int64_t each = kThreads * kTokensPerThread;
   const bool pooled = p.level == Level::kSequence || p.level == Level::kGroup;
   const int64_t wanted = pooled ? p.pools() : (p.tokens() + each - 1) / each;
-  return static_cast<int>(std::min<int64_t>(wanted, resident_blocks<S>(p.device.index)));
-}
-
-template <class S>
-void launch(const CombineParams& p, cudaStream_t stream) {
-  const dim3 blocks(static_cast<unsigned>(blocks_for<S>(p)));
-  CombineParams copy = p;
-  void* arguments[] = {&copy};
-  const void* kernel = reinterpret_cast<const void*>(combine_kernel<S>);
-  if (blocks.x == 1) {
-    check_cuda(cudaLaunchKernel(kernel, blocks, kThreads, arguments, 0, stream), "launching combine_kernel");
-  } else {
-    check_cuda(cudaLaunchCooperativeKernel(kernel, blocks, kThreads, arguments, 0, stream), "launching combine_kernel");
-  }
-  check_cuda(cudaGetLastError(), "after launching combine_kernel");
+  return static_cast<int>(
+      std::min<int64_t>(wanted, resident_blocks<combine_kernel<S>>(p.device.index, kThreads, kBlocksPerSM)));
 }
 
 }  // namespace
@@ -388,7 +357,11 @@ int cuda_toolkit() { return CUDART_VERSION; }
 void launch_combine_cuda(CombineParams& params, void* stream) {
   const DeviceGuard guard(params.device.index);
   normalize_cuda(params, static_cast<char*>(params.workspace) + blocks_bytes(params), stream);
-  with_dtype(params.dtype, [&](auto s) { launch<decltype(s)>(params, static_cast<cudaStream_t>(stream)); });
+  with_dtype(params.dtype, [&](auto s) {
+    using S = decltype(s);
+    launch_together(reinterpret_cast<const void*>(combine_kernel<S>), blocks_for<S>(params), kThreads, params, stream,
+                    "launching combine_kernel");
+  });
   normalize_combined_cuda(params, stream);
 }
 

@@ -7,6 +7,7 @@ for ground truth.
 
 from pama_ext.reference._combine import closed_form, combine, combine_, pama
 from pama_ext.reference._gae import gae
+from pama_ext.reference._loss import policy_loss, value_loss
 from pama_ext.reference._min_norm import min_norm
 
-__all__ = ["closed_form", "combine", "combine_", "gae", "min_norm", "pama"]
+__all__ = ["closed_form", "combine", "combine_", "gae", "min_norm", "pama", "policy_loss", "value_loss"]

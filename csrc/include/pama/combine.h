@@ -19,6 +19,16 @@ enum class Solver : uint8_t { kClosedForm, kMinNorm, kFixed };
 
 constexpr double kLogRatioLimit = 20.0;  // log_ratio is clamped to this before exp
 
+// A number for each objective: read on the device, or given by the host.
+struct PerObjective {
+  const void* data;  // [n] floating, or null: then values
+  DType dtype;
+  int64_t stride;
+  double values[kMaxObjectives];
+
+  PAMA_HD double operator[](int i) const { return data ? float_at(data, dtype, i * stride) : values[i]; }
+};
+
 // What the caller asked for, checked for meaning by Python.
 struct CombineOptions {
   int64_t dim;               // of the objectives; not used for a list of tensors
@@ -141,12 +151,10 @@ void launch_combine_cpu(CombineParams& params, ParallelFor parallel_for);
 const char* cpu_instructions();               // what launch_combine_cpu runs: "avx512", "avx2" or "generic"
 bool use_cpu_instructions(const char* name);  // for tests: run another one; false if this machine cannot
 
-#ifdef PAMA_WITH_CUDA
 int64_t combine_cuda_workspace(const CombineParams& params);  // bytes
 void launch_combine_cuda(CombineParams& params, void* stream);
 int64_t min_norm_cuda_workspace(const MinNormParams& params);  // bytes
 void launch_min_norm_cuda(const MinNormParams& params, void* stream);
 int cuda_toolkit();  // the version built with, 13000 for 13.0
-#endif
 
 }  // namespace pama

@@ -1,6 +1,7 @@
 // Storage types and their conversion to and from the type of the arithmetic; shared by host and device.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -74,6 +75,18 @@ struct Storage<BFloat16> {
   static PAMA_HD float load(BFloat16 x) { return to_float(x); }
   static PAMA_HD BFloat16 store(float x) { return to_bfloat16(x); }
 };
+
+// The largest number of type C that is <= x, and the smallest that is >= x: comparing with them is comparing with x.
+template <class C>
+PAMA_HD C at_most(double x) {
+  const C rounded = static_cast<C>(x);
+  return static_cast<double>(rounded) > x ? static_cast<C>(nextafterf(static_cast<float>(rounded), -HUGE_VALF))
+                                          : rounded;
+}
+template <class C>
+PAMA_HD C at_least(double x) {
+  return -at_most<C>(-x);
+}
 
 // Entry `at` of a floating array.
 PAMA_HD double float_at(const void* data, DType dtype, int64_t at) {

@@ -7,16 +7,6 @@
 
 namespace pama {
 
-// A number for each objective: read on the device, or given by the host.
-struct PerObjective {
-  const void* data;  // [n] floating, or null: then values
-  DType dtype;
-  int64_t stride;
-  double values[kMaxObjectives];
-
-  PAMA_HD double operator[](int i) const { return data ? float_at(data, dtype, i * stride) : values[i]; }
-};
-
 // A plane for each objective, at equal distances: one output.
 struct Planes {
   char* data;
@@ -82,8 +72,7 @@ struct GaeParams {
 const char* plan_gae(const GaeTensors& tensors, GaeParams& params);
 
 void launch_gae_cpu(const GaeParams& params, ParallelFor parallel_for);
-#ifdef PAMA_WITH_CUDA
+
 void launch_gae_cuda(const GaeParams& params, void* stream);
-#endif
 
 }  // namespace pama

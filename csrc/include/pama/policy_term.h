@@ -1,0 +1,62 @@
+// The clipped surrogate of one token, for scalars and for the CPU kernel's SIMD vectors alike. Host and device.
+#pragma once
+
+#include "pama/hd.h"
+#include "pama/loss.h"
+
+namespace pama {
+
+// The bounds of the ratio u, and of its logarithm, in the arithmetic's type. What log_ratio is compared with is rounded
+// so that comparing is exact.
+template <class C>
+struct PolicyBounds {
+  C log_low, log_high, log_dual, log_max, low, high, dual, max_weight;
+
+  PAMA_HD explicit PolicyBounds(const PolicyParams& p)
+      : log_low(at_least<C>(p.log_low)),
+        log_high(at_most<C>(p.log_high)),
+        log_dual(at_most<C>(p.log_dual)),
+        log_max(at_most<C>(p.log_max)),
+        low(static_cast<C>(p.low)),
+        high(static_cast<C>(p.high)),
+        dual(static_cast<C>(p.dual)),
+        max_weight(static_cast<C>(p.max_weight)) {}
+};
+
+template <class V, class M>
+struct PolicyTerm {
+  V loss, factor;  // the derivative by log_prob is factor * advantage
+  M high, low, dual;
+};
+
+template <class V, class M, class C>
+PAMA_HD M within_limit(V x) {
+  return (x >= V{} - static_cast<C>(kLogRatioLimit)) & (x <= V{} + static_cast<C>(kLogRatioLimit));
+}
+
+template <class V, class C>
+PAMA_HD V to_limit(V x) {  // NaN stays NaN
+  const V limit = V{} + static_cast<C>(kLogRatioLimit);
+  return x > limit ? limit : x < -limit ? -limit : x;
+}
+
+// `u` is exp of log_ratio within its limit. Truncated: u is a weight of log_prob, else what is clipped.
+template <bool kTruncated, class V, class M, class C>
+PAMA_HD PolicyTerm<V, M> policy_term(const PolicyBounds<C>& b, V log_prob, V log_ratio, V u, V advantage) {
+  const V zero{};
+  if constexpr (kTruncated) {
+    const M high = log_ratio > zero + b.log_max;
+    const V weight = high ? zero + b.max_weight : u;
+    return {-(weight * advantage * log_prob), -weight, high, M{}, M{}};
+  } else {
+    const M positive = advantage > zero, negative = advantage < zero;
+    const M high = positive & (log_ratio > zero + b.log_high), low = negative & (log_ratio < zero + b.log_low);
+    const M dual = negative & (log_ratio > zero + b.log_dual);
+    const V bounded = high ? zero + b.high : low ? zero + b.low : dual ? zero + b.dual : u;
+    const M moves = within_limit<V, M, C>(log_ratio);
+    const V slope = moves ? -u : zero;
+    return {-(bounded * advantage), (high | low | dual) ? zero : slope, high, low, dual};
+  }
+}
+
+}  // namespace pama
