@@ -94,6 +94,7 @@ const char* plan_policy_loss(const PolicyOptions& options, const PolicyTensors& 
     if (!by_row && !same_shape(t, sizes, 2)) return "advantages: expected [B, T] or [B]";
     if (!is_float(t.dtype)) return "advantages: expected float32, float64, float16 or bfloat16";
     if (t.dtype != p.advantage_dtype) return "advantages: expected tensors of one dtype";
+    if (t.ndim != tensors.advantages[0].ndim) return "advantages: expected tensors of one shape";
     if (!(t.device == p.device)) return "advantages: expected the device of log_probs";
     p.advantages[i] = by_row ? Plane{static_cast<char*>(t.data), t.strides[0], 0} : plane(t);
   }

@@ -210,12 +210,12 @@ class _Kept(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kept: tuple[Tensor, Tensor, Tensor, int], *inputs: Tensor) -> Tensor:
         loss, gradient, scale, ctx.row_dim = kept
-        ctx.save_for_backward(gradient, scale)
+        ctx.save_for_backward(gradient, scale, loss)
         return loss
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> Any:
-        gradient, scale = ctx.saved_tensors
+        gradient, scale, loss = ctx.saved_tensors
         # What nobody can ask for again is scaled where it stands.
         result = _C.scale(
             gradient, incoming, scale, ctx.row_dim, not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -223,7 +223,7 @@ class _Kept(torch.autograd.Function):
         if result is None:  # not plain tensors: hooks on saved tensors, a mode, a subclass
             result = _ops.scaled(gradient, incoming, scale, ctx.row_dim, scale.shape[0] > 1)
         gradients = (result,) if ctx.row_dim == 0 else result.unbind(0)
-        return None, *_ops.once(*gradients)
+        return None, *_ops.once(gradients, loss, incoming)
 
 
 _kept: Any = _Kept.apply

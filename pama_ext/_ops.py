@@ -102,21 +102,25 @@ def scaled(gradient: Tensor, incoming: Tensor, scale: Tensor, row_dim: int, by_r
     return (gradient * factor).to(gradient.dtype)
 
 
-def once(*gradients: Tensor) -> tuple[Tensor, ...]:
-    """The gradients; where the graph of backward is recorded, with a node that says there is no second derivative."""
+def once(gradients: tuple[Tensor, ...], loss: Tensor, incoming: Tensor) -> tuple[Tensor, ...]:
+    """The gradients; where the graph of backward is recorded, behind a node that says there is no second derivative.
+
+    ``loss`` and ``incoming`` lead to all that a second derivative could be asked for.
+    """
     if not torch.is_grad_enabled():
         return gradients
-    refuse = torch._C._functions.DelayedError(b"pama_ext: the losses have no second derivative", len(gradients))
-    refused = refuse(*(gradient.detach().requires_grad_() for gradient in gradients))
-    return refused if isinstance(refused, tuple) else (refused,)
+    inputs = (*(gradient.detach().requires_grad_() for gradient in gradients), loss, incoming)
+    refuse = torch._C._functions.DelayedError(b"pama_ext: the losses have no second derivative", len(inputs))
+    refused: tuple[Tensor, ...] = refuse(*inputs)
+    return refused[:-2]
 
 
 def _differentiable(name: str, aggregate_at: int, lists: tuple[int, ...]) -> None:
     """Make a loss differentiable in its first input; the others at ``lists`` are lists of tensors."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        _, gradient, scale, metrics = output
-        ctx.save_for_backward(gradient, scale)
+        loss, gradient, scale, metrics = output
+        ctx.save_for_backward(gradient, scale, loss)
         ctx.mark_non_differentiable(gradient, scale, metrics)
         ctx.by_row = inputs[aggregate_at] == "seq-mean-token-mean"
         ctx.listed = isinstance(inputs[0], (list, tuple))
@@ -128,11 +132,11 @@ def _differentiable(name: str, aggregate_at: int, lists: tuple[int, ...]) -> Non
         ]  # fmt: skip
 
     def backward(ctx: Any, incoming: Tensor, *unused: Any) -> tuple[Any, ...]:
-        gradient, scale = ctx.saved_tensors
+        gradient, scale, loss = ctx.saved_tensors
         if gradient.dim() == 1:
             raise RuntimeError(f"pama_ext::{name} was called with needs_gradient=False")
         result = scaled(gradient, incoming, scale, 1 if ctx.apart else 0, ctx.by_row)
-        gradients = once(*(result.unbind(0) if ctx.apart else [result]))
+        gradients = once(result.unbind(0) if ctx.apart else (result,), loss, incoming)
         return (list(gradients) if ctx.listed else gradients[0], *ctx.others)
 
     torch.library.register_autograd(f"pama_ext::{name}", backward, setup_context=keep, lib=_library)

@@ -165,7 +165,13 @@ def size_of_token(loss: Loss, arguments: dict[str, Any]) -> float:
     apart = apart if mask is None else torch.where(mask != 0, apart, 0.0)
     advantages = arguments.get("advantages", arguments.get("objective_advantages"))
     size = math.exp(min(20.0, apart.abs().max().item() if apart.numel() else 0.0)) * _largest(advantages)
-    size *= len(listed(advantages)) if not isinstance(advantages, Tensor) else advantages.shape[-1] if "weights" in arguments else 1
+    size *= (
+        len(listed(advantages))
+        if not isinstance(advantages, Tensor)
+        else advantages.shape[-1]
+        if "weights" in arguments
+        else 1
+    )
     if "max_weight" in arguments:
         size *= _largest(arguments["log_probs"])
     if "ref_log_probs" in arguments:
@@ -251,7 +257,9 @@ def policy_calls(draw, dtypes=DTYPES) -> dict[str, Any]:
         arguments["weights"] = draw(st.sampled_from([None, numbers, torch.tensor(numbers)]))
         form = draw(st.sampled_from(["tensor", "list", "dict"]), label="form")
         columns = {f"r{i}": column for i, column in enumerate(objectives.unbind(-1))}
-        arguments["objective_advantages"] = {"tensor": objectives, "list": list(columns.values()), "dict": columns}[form]
+        arguments["objective_advantages"] = {"tensor": objectives, "list": list(columns.values()), "dict": columns}[
+            form
+        ]
         if arguments["weights"] is None:
             del arguments["weights"]
     if draw(st.booleans(), label="other dtypes"):  # each tensor has its own

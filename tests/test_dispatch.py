@@ -47,6 +47,22 @@ def samples(op: str, device: torch.device) -> list[tuple]:
         offsets = torch.tensor([0, 4, 4, 24], device=device)
         packed = ([score[:3]] * 3, flat, 0, mask.flatten(), None, [1.0] * 3, None, [1.0] * 3, None, [], offsets)
         return [plain, full, packed]
+    if op == "policy_loss":
+        score, leaf = torch.ones(4, device=device), ratio.clone().requires_grad_()
+        plain = (leaf, ratio, [columns[0]], False, None, [1.0], None, None, 0.2, 0.2, None, None, 0.0, "token-mean", None,
+                 None, True)  # fmt: skip
+        full = (leaf.detach().bfloat16().requires_grad_(), ratio, columns, True, torch.ones(3, device=device), [], mask,
+                ratio - 1, 0.2, 0.2, 3.0, None, 0.1, "seq-mean-token-mean", torch.tensor(4, device=device), None,
+                True)  # fmt: skip
+        constant = (ratio.double(), ratio, [score] * 2, False, None, [1.0, 2.0], mask, None, 0.2, 0.2, None, 2.0, 0.0,
+                    "token-sum", None, 5.0, False)  # fmt: skip
+        return [plain, full, constant]
+    if op == "value_loss":
+        leaf = x.clone().requires_grad_()
+        leaves = [c.clone().requires_grad_() for c in columns]
+        whole = ([leaf], columns, columns, 0.2, mask, "seq-mean-token-sum", None, None, True)
+        listed = (leaves, [], columns, 0.0, None, "seq-mean-token-mean", None, 3.0, True)
+        return [whole, listed, ([x.half()], [], columns, 0.0, None, "token-mean", None, None, False)]
     if op == "combine_out":
         return [(*call, torch.empty(4, 6, dtype=call[0][0].dtype, device=device)) for call in calls]
     return {"combine": calls, "combine_": calls}[op]
@@ -69,7 +85,7 @@ def test_opcheck(op, device):
 
 
 def test_there_are_operators():
-    assert operators() == ["combine", "combine_", "combine_out", "gae", "min_norm"]
+    assert operators() == ["combine", "combine_", "combine_out", "gae", "min_norm", "policy_loss", "value_loss"]
 
 
 @pytest.mark.parametrize("level", LEVELS)

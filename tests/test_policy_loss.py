@@ -277,7 +277,9 @@ def test_exp_is_accurate():
             for dtype in (torch.float32, torch.float64):
                 log_probs = x.to(dtype).unsqueeze(1).requires_grad_()
                 options = {"clip_low": 1.0, "clip_high": 1e9, "aggregate": "token-sum"}
-                loss, _ = policy_loss(log_probs, torch.zeros_like(log_probs), torch.ones(len(x), dtype=dtype), **options)
+                loss, _ = policy_loss(
+                    log_probs, torch.zeros_like(log_probs), torch.ones(len(x), dtype=dtype), **options
+                )
                 loss.backward()
                 u, truth = -log_probs.grad[:, 0].double(), log_probs.detach()[:, 0].double().exp()
                 assert ((u - truth).abs() / truth).max() <= 2 * torch.finfo(dtype).eps

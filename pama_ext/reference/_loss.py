@@ -66,7 +66,7 @@ def policy_loss(
         dual = torch.zeros_like(high)
         if dual_clip is not None:
             dual = (advantage < 0) & (u > dual_clip)
-            losses = torch.where(advantage < 0, torch.minimum(losses, -dual_clip * advantage), losses)
+            losses = torch.where(dual, -dual_clip * advantage, losses)
         slope = torch.where(high | low | dual | (log_ratio != bounded), 0.0, u.detach())
 
     # KL to the reference policy, by the k3 estimator.
@@ -134,7 +134,7 @@ def value_loss(
     if clip is not None:
         other = (torch.maximum(torch.minimum(v, old + clip), old - clip) - target).square()
         beyond = other > errors
-        errors = torch.maximum(errors, other)
+        errors = torch.where(beyond, other, errors)  # where both are as large, V has its gradient
     each, _ = zip(*(aggregated(e / 2, valid, aggregate, normalizer) for e in errors.unbind(-1)), strict=True)
 
     def mean(x: Tensor) -> Tensor:
