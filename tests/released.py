@@ -136,3 +136,93 @@ def swift(rewards: Tensor, weights: Tensor, group_size: int, scale_rewards: str)
     each = (groups - mean) / (spread + 1e-8)
     total = (each.nan_to_num(0.0) * weights).sum(2).flatten()
     return (total - total.mean()) / (total.std() + 1e-8)
+
+
+def verl_policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, dtype: torch.dtype,
+    aggregate: str = "token-mean", normalizer: float | None = None, clip_low: float = 0.2, clip_high: float = 0.2,
+    dual_clip: float | None = None, max_weight: float | None = None, kl_coef: float = 0.0,
+    ref_log_probs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, dict[str, float]]:  # fmt: skip
+    """verl 0.9.1: loss, its gradient and verl's metrics; ``max_weight`` takes its CISPO instead of the clipped loss.
+
+    The KL loss is added as verl's actor adds it; without ``dual_clip`` its ``clip_ratio_c`` is 10.
+    """
+    from verl.trainer.ppo import core_algos
+    from verl.workers.config import ActorConfig
+
+    x = log_probs.detach().to(dtype).requires_grad_()
+    old, advantages, valid = old_log_probs.to(dtype), advantages.to(dtype), mask.to(dtype)
+    counted = "batch_num_tokens" if aggregate == "token-mean" else "global_batch_size"
+    info = {} if normalizer is None else {counted: normalizer}
+    high = clip_high if max_weight is None else max_weight - 1
+    low = clip_low if max_weight is None else 1.0
+    config = ActorConfig(
+        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=0.2, clip_ratio_low=low,
+        clip_ratio_high=high, clip_ratio_c=10.0 if dual_clip is None else dual_clip,
+    )  # fmt: skip
+    config.global_batch_info.update(info)  # as its actor does
+    name = "compute_policy_loss_vanilla" if max_weight is None else "compute_policy_loss_cispo"
+    loss, metrics = getattr(core_algos, name)(old, x, advantages, valid, loss_agg_mode=aggregate, config=config)
+    if kl_coef:
+        kl = core_algos.kl_penalty(x, ref_log_probs.to(dtype), "low_var_kl")
+        loss = loss + kl_coef * core_algos.agg_loss(kl, valid, aggregate, **info)
+    loss.backward()
+    return loss.detach(), x.grad, metrics
+
+
+def verl_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float, aggregate: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """verl 0.9.1: loss, its gradient and the share of clipped values."""
+    from verl.trainer.ppo import core_algos
+
+    x = values.detach().to(dtype).requires_grad_()
+    loss, fraction = core_algos.compute_value_loss(
+        x, returns.to(dtype), old_values.to(dtype), mask.to(dtype), clip, loss_agg_mode=aggregate
+    )
+    loss.backward()
+    return loss.detach(), x.grad, fraction
+
+
+def trl_grpo_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, loss_type: str, longest: int,
+    count: int, dtype: torch.dtype, aggregate: str = "", normalizer: Any = None, dual_clip: float | None = None,
+    max_weight: float | None = None, kl_coef: float = 0.0, ref_log_probs: Tensor | None = None,
+) -> tuple[Tensor, Tensor, dict[str, float]]:  # fmt: skip
+    """TRL 1.16.0: ``GRPOTrainer._compute_loss`` of a model that has these log-probabilities; its metrics.
+
+    ``aggregate`` and ``normalizer`` are ours for the same: TRL's follow from ``loss_type``, ``longest`` (the longest
+    completion) and ``count`` (the tokens of the generation batch).
+    """
+    from collections import defaultdict
+
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    x = log_probs.detach().to(dtype).requires_grad_()
+    logged: dict[str, list[float]] = defaultdict(list)
+    single = SimpleNamespace(
+        num_processes=1, sync_gradients=False, gather=lambda t: t, reduce=lambda t, reduction: t,
+        gather_for_metrics=lambda t: t,
+    )  # fmt: skip
+    trainer = SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *a, **k: (x, torch.zeros_like(x), None),
+        aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        importance_sampling_level="token", beta=kl_coef, loss_type=loss_type, epsilon_low=0.2,
+        epsilon_high=0.2 if max_weight is None else max_weight, use_vllm=False, _entropy_bonus_enabled=False,
+        current_gradient_accumulation_steps=1, max_completion_length=longest, accelerator=single,
+        model=SimpleNamespace(training=True), _metrics={"train": logged},
+        args=SimpleNamespace(delta=dual_clip, use_bias_correction_kl=False, steps_per_generation=1),
+    )  # fmt: skip
+    ids = torch.zeros(mask.shape, dtype=torch.int64)
+    inputs = {
+        "prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids, "completion_mask": mask.to(dtype),
+        "advantages": advantages.to(dtype), "old_per_token_logps": old_log_probs.to(dtype),
+        "num_items_in_batch": torch.tensor(count),
+    }  # fmt: skip
+    if ref_log_probs is not None:
+        inputs["ref_per_token_logps"] = ref_log_probs.to(dtype)
+    loss = GRPOTrainer._compute_loss(trainer, None, inputs)
+    loss.backward()
+    return loss.detach(), x.grad, {name: values[-1] for name, values in logged.items()}

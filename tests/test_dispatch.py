@@ -49,8 +49,8 @@ def samples(op: str, device: torch.device) -> list[tuple]:
         return [plain, full, packed]
     if op == "policy_loss":
         score, leaf = torch.ones(4, device=device), ratio.clone().requires_grad_()
-        plain = (leaf, ratio, [columns[0]], False, None, [1.0], None, None, 0.2, 0.2, None, None, 0.0, "token-mean", None,
-                 None, True)  # fmt: skip
+        plain = (leaf, ratio, [columns[0]], False, None, [1.0], None, None, 0.2, 0.2, None, None, 0.0, "token-mean",
+                 None, None, True)  # fmt: skip
         full = (leaf.detach().bfloat16().requires_grad_(), ratio, columns, True, torch.ones(3, device=device), [], mask,
                 ratio - 1, 0.2, 0.2, 3.0, None, 0.1, "seq-mean-token-mean", torch.tensor(4, device=device), None,
                 True)  # fmt: skip

@@ -164,7 +164,8 @@ def policy(**options):
 
 def value(**options):
     plain = {"values": [MANY], "old_values": [], "returns": [X] * 3, "clip": 0.0, "mask": None,
-             "aggregate": "token-mean", "normalizer": None, "normalizer_value": None, "needs_gradient": True}  # fmt: skip
+             "aggregate": "token-mean", "normalizer": None, "normalizer_value": None,
+             "needs_gradient": True}  # fmt: skip
     return VALUE, {**plain, **options}
 
 

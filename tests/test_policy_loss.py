@@ -1,4 +1,4 @@
-"""``policy_loss`` against the specification in float64 and by hand: shapes, dtypes, layouts, extreme ratios, threads."""
+"""``policy_loss`` against the specification in float64 and by hand: shapes, dtypes, layouts, extreme ratios."""
 
 from __future__ import annotations
 

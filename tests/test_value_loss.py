@@ -123,7 +123,8 @@ def test_it_takes_the_returns_of_gae_as_they_are(form):
     columns = {f"r{i}": c.clone().requires_grad_() for i, c in enumerate(heads.unbind(-1))}
     values = {"tensor": heads.requires_grad_(), "list": list(columns.values()), "dict": columns}[form]
     scores = torch.randn(4, 3)
-    rewards = {"tensor": scores, "list": list(scores.unbind(-1)), "dict": dict(zip(columns, scores.unbind(-1)))}[form]
+    named = dict(zip(columns, scores.unbind(-1), strict=True))
+    rewards = {"tensor": scores, "list": list(named.values()), "dict": named}[form]
     _, returns = gae(rewards, values, lam=0.9)
     loss, _ = value_loss(values, None, returns)
     loss.backward()

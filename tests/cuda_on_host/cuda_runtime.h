@@ -1,8 +1,8 @@
 // Enough of CUDA to run csrc/cuda/*.cu on the host: each block is an OS thread, each of its threads a fiber.
 //
-// Fibers run one after the other, in an order the caller chooses, from one barrier to the next. A correct kernel gives
-// the same bits in every order; one that lacks a barrier does not, since some fiber reads what another has yet to
-// write.
+// Fibers run one after the other, in an order the caller chooses, from one barrier to the next; a warp goes on alone until
+// it waits for the block. A correct kernel gives the same bits in every order; one that lacks a barrier does not, since
+// some fiber reads what another has yet to write, or has overwritten.
 #pragma once
 
 #include <ucontext.h>
@@ -122,13 +122,18 @@ inline void run_block(int block, int blocks, int threads, const void* kernel, co
       if (all[k].state == state) all[k].state = State::kReady;
   };
   while (!std::all_of(all.begin(), all.end(), [](const Fiber& f) { return f.state == State::kDone; })) {
-    for (int k : turn) {
-      if (all[k].state != State::kReady) continue;
-      threadIdx.x = k;
-      swapcontext(&scheduler, &all[k].context);
+    for (int first : turn) {  // a warp runs as far as it can before another one does
+      const int warp = first / 32 * 32;
+      const auto ready = [&](int k) { return k / 32 * 32 == warp && all[k].state == State::kReady; };
+      while (std::any_of(turn.begin(), turn.end(), ready)) {
+        for (int k : turn) {
+          if (!ready(k)) continue;
+          threadIdx.x = k;
+          swapcontext(&scheduler, &all[k].context);
+        }
+        if (all_wait(warp, warp + 32, State::kWarp)) release(warp, warp + 32, State::kWarp);
+      }
     }
-    for (int warp = 0; warp < threads; warp += 32)
-      if (all_wait(warp, warp + 32, State::kWarp)) release(warp, warp + 32, State::kWarp);
     if (all_wait(0, threads, State::kBlock)) release(0, threads, State::kBlock);
     if (all_wait(0, threads, State::kGrid)) {
       grid.arrive_and_wait();
