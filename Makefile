@@ -30,6 +30,7 @@ $(READY): requirements-dev.txt
 	$(BIN)/python -m pip install -r requirements-dev.txt
 	if $(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'; then \
 	  $(BIN)/python -m pip install --no-deps $$(grep -o 'verl==[0-9.]*' requirements-dev.txt); fi
+	$(BIN)/python -m pip install --no-deps $$(grep -o 'liger-kernel==[0-9.]*' requirements-dev.txt)
 	touch $@
 
 $(BUILT): $(READY) $(SOURCES)
@@ -58,6 +59,7 @@ bench: $(BUILT)
 	$(BIN)/python -m bench.groups --json bench/records/groups-cpu.json
 	$(BIN)/python -m bench.gae --json bench/records/gae-cpu.json
 	$(BIN)/python -m bench.min_norm --json bench/records/min-norm-cpu.json
+	$(BIN)/python -m bench.loss --json bench/records/loss-cpu.json
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT) $(if $(STAGES),--stages $(STAGES)) $(if $(COMMIT),--commit $(COMMIT))

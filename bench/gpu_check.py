@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
 WHOLE_S = 510  # all stages together
 TAIL_LINES = 80  # kept of a stage that failed
-BENCHMARKS = ("latency", "gae")
+BENCHMARKS = ("latency", "gae", "loss")
 NOT_FOUND = 127  # as a shell says it
 
 

@@ -121,6 +121,38 @@ def run_gae(device: str) -> int:
         for got, expected in zip(results, reference.gae(rewards, values, **arguments), strict=True):
             compare(f"gae, {list(values.shape)} {dtype}", got, expected, dtype)
         calls += 1
+    return calls + run_losses(device)
+
+
+def run_losses(device: str) -> int:
+    """Both losses and their gradients, rows for a warp and for a block, with all that they take."""
+    calls = 0
+    aggregates = ("token-mean", "seq-mean-token-mean")
+    for (rows, length), dtype, aggregate in itertools.product(((9, 33), (2, 700)), DTYPES, aggregates):
+        generator = torch.Generator().manual_seed(rows)
+
+        def eighths(*shape: int, generator=generator, dtype=dtype) -> Tensor:
+            return (torch.randint(-8, 9, shape, generator=generator) / 8).to(dtype)
+
+        tokens = (rows, length)
+        mask = torch.rand(tokens, generator=generator) < 0.8
+        policy = {"old_log_probs": eighths(*tokens), "ref_log_probs": eighths(*tokens), "kl_coef": 0.1,
+                  "objective_advantages": eighths(*tokens, 3)}  # fmt: skip
+        value = {"old_values": eighths(*tokens, 3), "returns": eighths(*tokens, 3), "clip": 0.2}
+        for name, leaf, arguments in (
+            ("policy_loss", eighths(*tokens), policy),
+            ("value_loss", eighths(*tokens, 3), value),
+        ):
+            results = []
+            for module, where in ((pama_ext, device), (reference, "cpu")):
+                x = leaf.to(where).requires_grad_()
+                moved = {k: v.to(where) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+                loss, metrics = getattr(module, name)(x, mask=mask.to(where), aggregate=aggregate, **moved)
+                loss.backward()
+                results.append([loss.detach(), x.grad, *(m for m in metrics if m is not None)])
+            for got, expected in zip(*results, strict=True):
+                compare(f"{name}, {list(tokens)} {dtype} {aggregate}", got, expected, dtype)
+            calls += 1
     return calls
 
 

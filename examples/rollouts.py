@@ -3,8 +3,9 @@
     python examples/rollouts.py                    tokenizer and GPT-2 are made here from corpus.txt; needs no network
     python examples/rollouts.py --model gpt2       any causal language model of the Hugging Face Hub, its own tokenizer
 
-The paper is arXiv 2508.07768. Of its Algorithm 1, `pama_ext.gae` in `rollout` and `pama_ext.combine` in `update`
-are what this package does; all else belongs to the trainer. Shapes: B responses, T completion tokens, N objectives.
+The paper is arXiv 2508.07768. Of its Algorithm 1, `pama_ext.gae` in `rollout` and `combine`, `policy_loss` and
+`value_loss` in `update` are what this package does; all else belongs to the trainer. Shapes: B responses, T completion
+tokens, N objectives.
 """
 
 from __future__ import annotations
@@ -169,8 +170,10 @@ def fit_value_heads(heads: nn.Linear, batch: Rollout) -> None:
 # ---- steps 4 to 6: combine, Noon PPO, regress the value heads ----
 
 
-def update(policy: Policy, optimizer: torch.optim.Adam, batch: Rollout) -> tuple[pama_ext.Combined, dict[str, Any]]:
-    """One PPO epoch; returns what ``combine`` found and the arguments it was called with."""
+def update(
+    policy: Policy, optimizer: torch.optim.Adam, batch: Rollout
+) -> tuple[pama_ext.Combined, pama_ext.PolicyMetrics, dict[str, Any]]:
+    """One PPO epoch; returns what ``combine`` and the loss found, and the arguments of ``combine``."""
     log_probs, states = policy(batch.tokens, batch.attention_mask)
     log_ratio = log_probs - batch.log_probs  # 0 in the first epoch; from the second on the indicator matters
 
@@ -183,25 +186,27 @@ def update(policy: Policy, optimizer: torch.optim.Adam, batch: Rollout) -> tuple
     combined = pama_ext.combine(**arguments)
     # A reading also found in public code gives s* to every valid token: advantages = combined.value * batch.mask
 
-    ratio, advantages = log_ratio.exp(), combined.advantages
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages)
-    value_error = policy.value_heads(states) - batch.returns
-    loss = -surrogate[batch.mask].mean() + VALUE_COEFFICIENT * value_error[batch.mask].square().mean()
+    loss, metrics = pama_ext.policy_loss(
+        log_probs, batch.log_probs, combined.advantages, mask=batch.mask, clip_low=CLIP, clip_high=CLIP
+    )
+    value_loss, _ = pama_ext.value_loss(policy.value_heads(states), None, batch.returns, mask=batch.mask)
+    loss = loss + VALUE_COEFFICIENT * value_loss
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     optimizer.step()
-    return combined, arguments
+    return combined, metrics, arguments
 
 
 # ---- what is printed ----
 
 
-def report(step: int, batch: Rollout, combined: pama_ext.Combined) -> str:
-    """The rewards of a rollout and what ``combine`` found in its last epoch: statistics of A', weights and s*."""
+def report(step: int, batch: Rollout, combined: pama_ext.Combined, clip_fraction: float) -> str:
+    """The rewards of a rollout, and of its last epoch: statistics of A', weights, s*, share of tokens clipped."""
     metrics = combined.metrics(prefix="", names=OBJECTIVES)  # one transfer; a flat dict, ready for any logger
     lines = [
-        f'step {step}  s* {metrics["value"]:.4f}  KL {batch.kl:.2f}  tokens {batch.mask.sum()}  "{batch.text}"',
+        f"step {step}  s* {metrics['value']:.4f}  KL {batch.kl:.2f}  clip {clip_fraction:.1%}  "
+        f'tokens {batch.mask.sum()}  "{batch.text}"',
         "                    reward    mean     std     min     max  positive  clipped     a_i  weight",
     ]
     for name, reward in zip(OBJECTIVES, batch.rewards.mean(0).tolist(), strict=True):
@@ -273,9 +278,9 @@ def main() -> None:
             batch = sample()
             rewards.append(batch.rewards.mean(0))
             for _ in range(args.epochs):
-                combined, arguments = update(policy, optimizer, batch)
+                combined, metrics, arguments = update(policy, optimizer, batch)
                 bar.update()
-            tqdm.write(report(step, batch, combined))
+            tqdm.write(report(step, batch, combined, float(metrics.clip_fraction)))
 
     quarter = -(-args.steps // 4)
     print(f"\nmean reward over the first and the last {quarter} of {args.steps} steps")

@@ -17,6 +17,7 @@ import pama_ext
 from pama_ext import _C, Normalize, reference
 from pama_ext._combine import _combine_dispatcher
 from pama_ext._gae import _gae_dispatcher
+from pama_ext._loss import _policy_loss_dispatcher, _value_loss_dispatcher
 
 FACTOR = 4  # our error may be this many times that of PyTorch in the same dtype, plus rounding of the result
 ROUNDINGS = 16
@@ -114,6 +115,11 @@ def _verify_on(device: str, name: str) -> int:
         for problem in _compare_gae(**arguments):
             wrong += 1
             print(f"  {name}: {problem}, {tuple(arguments['values'].shape)}", file=sys.stderr)
+    for arguments in _loss_cases(device):
+        count += 1
+        for problem in _compare_loss(**arguments):
+            wrong += 1
+            print(f"  {name}: {problem}, {tuple(next(iter(arguments.values())).shape)}", file=sys.stderr)
     print(f"{name}: {count} cases, {wrong} results differ from the reference")
     return wrong
 
@@ -208,6 +214,55 @@ def _compare_gae(rewards: Tensor, values: Tensor, **tensors: Any) -> Iterator[st
             allowed = FACTOR * (same.double() - truth).abs().amax() + rounding
             if not bool((ours.double() - truth).abs().amax() <= allowed):
                 yield f"{door} of gae: {name}"
+
+
+def _loss_cases(device: str) -> Iterator[dict[str, Any]]:
+    """Random calls of the losses over dtypes, aggregates and sizes; eighths, so that no ratio is next to a clip."""
+    generator = torch.Generator().manual_seed(0)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    shapes, aggregates = ((40, 30), (5, 700)), ("token-mean", "seq-mean-token-mean")
+
+    def eighths(dtype: torch.dtype, *shape: int) -> Tensor:
+        return torch.randint(-8, 9, shape, generator=generator).to(device, dtype) / 8
+
+    for dtype, shape, aggregate in itertools.product(dtypes, shapes, aggregates):
+        mask = torch.rand(shape, generator=generator).to(device) < 0.8
+        common = {"aggregate": aggregate, "mask": mask}
+        policy = {"log_probs": eighths(dtype, *shape), "old_log_probs": eighths(dtype, *shape)}
+        yield {
+            **policy,
+            **common,
+            "advantages": eighths(dtype, *shape),
+            "ref_log_probs": eighths(dtype, *shape),
+            "kl_coef": 0.1,
+        }
+        yield {**policy, **common, "objective_advantages": eighths(dtype, shape[0], 3), "max_weight": 1.5}
+        yield {**common, "clip": 0.2, **{k: eighths(dtype, *shape, 3) for k in ("values", "old_values", "returns")}}
+
+
+def _compare_loss(**arguments: Any) -> Iterator[str]:
+    """Names of the results of either door that are further from float64 than rounding explains."""
+    leaf = "values" if "values" in arguments else "log_probs"
+    calls: tuple[Any, ...] = (pama_ext.policy_loss, _policy_loss_dispatcher, reference.policy_loss)
+    if leaf == "values":
+        calls = (pama_ext.value_loss, _value_loss_dispatcher, reference.value_loss)
+
+    def results(call: Any, given: dict[str, Any]) -> dict[str, Tensor]:
+        x = given[leaf].clone().requires_grad_()
+        loss, metrics = call(**{**given, leaf: x})
+        loss.backward()
+        found = {name: value for name, value in metrics._asdict().items() if value is not None}
+        return {"loss": loss.detach(), "gradient": x.grad, **found}
+
+    wide = {k: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for k, x in arguments.items()}
+    exact, eager = results(calls[2], wide), results(calls[2], arguments)
+    for door, call in zip(("eager", "dispatcher"), calls, strict=False):
+        for name, ours in results(call, arguments).items():
+            truth = exact[name]
+            rounding = ROUNDINGS * torch.finfo(ours.dtype).eps * truth.abs().amax().clamp(min=name != "gradient")
+            allowed = FACTOR * (eager[name].double() - truth).abs().amax() + rounding
+            if not bool((ours.double() - truth).abs().amax() <= allowed):
+                yield f"{door} door of the loss: {name}"
 
 
 def _flat(result: pama_ext.Combined) -> dict[str, Tensor]:

@@ -385,7 +385,7 @@ def _finite_numbers(name: str, numbers: Any, n: int) -> None:
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, Real):
             raise TypeError(f"{name}: expected floats, got {kind_of(number)}")
-        if not -math.inf < number < math.inf:  # dynamo knows no isfinite of a number
+        if not -math.inf < float(number) < math.inf:  # dynamo knows no isfinite of a number
             raise ValueError(f"{name}: expected finite numbers, got {number}")
     if len(numbers) != n:
         raise ValueError(f"{name}: expected one per objective ({n}), got {len(numbers)}")

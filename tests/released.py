@@ -138,6 +138,13 @@ def swift(rewards: Tensor, weights: Tensor, group_size: int, scale_rewards: str)
     return (total - total.mean()) / (total.std() + 1e-8)
 
 
+def verl_actor_config(**options: Any) -> Any:
+    """verl 0.9.1: the configuration that its losses read."""
+    from verl.workers.config import ActorConfig
+
+    return ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=0.2, **options)
+
+
 def verl_policy_loss(
     log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, *, dtype: torch.dtype,
     aggregate: str = "token-mean", normalizer: float | None = None, clip_low: float = 0.2, clip_high: float = 0.2,
@@ -149,7 +156,6 @@ def verl_policy_loss(
     The KL loss is added as verl's actor adds it; without ``dual_clip`` its ``clip_ratio_c`` is 10.
     """
     from verl.trainer.ppo import core_algos
-    from verl.workers.config import ActorConfig
 
     x = log_probs.detach().to(dtype).requires_grad_()
     old, advantages, valid = old_log_probs.to(dtype), advantages.to(dtype), mask.to(dtype)
@@ -157,10 +163,9 @@ def verl_policy_loss(
     info = {} if normalizer is None else {counted: normalizer}
     high = clip_high if max_weight is None else max_weight - 1
     low = clip_low if max_weight is None else 1.0
-    config = ActorConfig(
-        strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, clip_ratio=0.2, clip_ratio_low=low,
-        clip_ratio_high=high, clip_ratio_c=10.0 if dual_clip is None else dual_clip,
-    )  # fmt: skip
+    config = verl_actor_config(
+        clip_ratio_low=low, clip_ratio_high=high, clip_ratio_c=10.0 if dual_clip is None else dual_clip
+    )
     config.global_batch_info.update(info)  # as its actor does
     name = "compute_policy_loss_vanilla" if max_weight is None else "compute_policy_loss_cispo"
     loss, metrics = getattr(core_algos, name)(old, x, advantages, valid, loss_agg_mode=aggregate, config=config)

@@ -179,7 +179,8 @@ def test_gpu_check_stops_in_time(monkeypatch):
 
 def test_gpu_check_asks_for_cuda(tmp_path):
     known = gpu_check.stages(tmp_path)
-    assert list(known) == ["build", "tests", "memcheck", "racecheck", "initcheck", "synccheck", "latency", "gae"]
+    sanitizers = ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert list(known) == ["build", "tests", *sanitizers, "latency", "gae", "loss"]
     assert known["tests"].environment == {"PAMA_EXT_REQUIRE_CUDA": "1"}
     assert known["build"].environment == {"PAMA_EXT_CUDA": "1"}
 

@@ -40,7 +40,7 @@ def parse(output: str) -> list[tuple[float, dict[str, dict[str, float]]]]:
     """``(s*, {objective: {column: number}})`` of each step."""
     steps = []
     for block in re.split(r"^step \d+  ", output.split("\nmean reward")[0], flags=re.MULTILINE)[1:]:
-        value = re.match(rf"s\* ({NUMBER})  KL {NUMBER}  tokens \d+  \"", block)
+        value = re.match(rf"s\* ({NUMBER})  KL {NUMBER}  clip {NUMBER}%  tokens \d+  \"", block)
         assert value, block
         rows = {}
         for name in REWARD_RANGES:

@@ -23,7 +23,11 @@ class PolicyKernel : LossTile<C> {
 
  public:
   PolicyKernel(const PolicyParams& params, PolicySums& sums)
-      : p(params), bounds(params), to(sums), tokens(smaller(kTokens, kElements / p.n / 16 * 16)) {
+      : p(params),
+        bounds(params),
+        to(sums),
+        tokens(smaller(kTokens, kElements / p.n / 16 * 16)),
+        adjacent(interleaved(p.advantages, p.n, p.advantage_dtype)) {
     for (int i = 0; i < p.n; ++i) weight[i] = static_cast<C>(p.weights[i]);
   }
 
@@ -66,11 +70,18 @@ class PolicyKernel : LossTile<C> {
     if (p.n == 1 && weight[0] == C{1} && !p.per_objective)
       return this->view(p, p.advantages[0], p.advantage_dtype, first, count, advantage_scratch);
     fill(combined_scratch, 0, count, C{0});
+    if (adjacent)  // all of them in one walk over memory
+      with_dtype(p.advantage_dtype, [&](auto s) {
+        using S = decltype(s);
+        if constexpr (sizeof(S) <= sizeof(C))
+          load_objectives<S>(p, p.advantages, true, first, count, advantage_scratch, tokens);
+      });
     for (int i = 0; i < p.n; ++i) {
-      const C* each = this->view(p, p.advantages[i], p.advantage_dtype, first, count, advantage_scratch + i * tokens);
-      advantage[i] = each;
+      C* const own = advantage_scratch + i * tokens;
+      advantage[i] = adjacent ? own : this->view(p, p.advantages[i], p.advantage_dtype, first, count, own);
       if (weight[i] == C{0}) continue;  // adds nothing, whatever stands there
       C* __restrict sum = combined_scratch;
+      const C* __restrict each = advantage[i];
       const C by = weight[i];
       for (int k = 0; k < count; ++k) sum[k] += by * each[k];
     }
@@ -169,7 +180,8 @@ class PolicyKernel : LossTile<C> {
   const PolicyParams& p;
   const PolicyBounds<C> bounds;
   PolicySums& to;
-  const int tokens;  // of a tile
+  const int tokens;     // of a tile
+  const bool adjacent;  // the objectives of a token stand side by side
   C weight[kMaxObjectives];
   const C* advantage[kMaxObjectives];
   double loss = 0.0, moved[kMaxObjectives] = {};  // of the segment
