@@ -255,7 +255,8 @@ def _policy_loss_dispatcher(
     columns = [advantages] if objective_advantages is None else _listed(objective_advantages)
     numbers = [1.0] * n if weights is None else [] if isinstance(weights, Tensor) else [float(w) for w in weights]
     needs_gradient = log_probs.requires_grad and torch.is_grad_enabled()
-    loss, _, _, packed = torch.ops.pama_ext.policy_loss(
+    loss, packed = _run(
+        torch.ops.pama_ext.policy_loss, [log_probs], 0,
         log_probs, old_log_probs.detach(), [column.detach() for column in columns], objective_advantages is not None,
         weights if isinstance(weights, Tensor) else None, numbers, mask, ref_log_probs, float(clip_low),
         float(clip_high), _float(dual_clip), _float(max_weight), float(kl_coef), aggregate, *divisor, needs_gradient,
@@ -284,11 +285,26 @@ def _value_loss_dispatcher(
     tensors = [values] if isinstance(values, Tensor) else _heads(values)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     olds = [] if clip is None else _heads(old_values, names)
-    loss, _, _, packed = torch.ops.pama_ext.value_loss(
+    loss, packed = _run(
+        torch.ops.pama_ext.value_loss, tensors, 0 if isinstance(values, Tensor) and values.dim() == 3 else 1,
         tensors, [x.detach() for x in olds], [x.detach() for x in _heads(returns, names)],
         0.0 if clip is None else float(clip), mask, aggregate, *divisor, needs_gradient,
     )  # fmt: skip
     return loss, ValueMetrics(*packed.split(n))
+
+
+def _run(operator: Any, inputs: list[Tensor], row_dim: int, *arguments: Any) -> tuple[Tensor, Any]:
+    """Loss and packed metrics; ``arguments`` end with whether a gradient is needed.
+
+    The operator has a rule of autograd for code that is compiled. Called in eager it costs four times as much as the
+    operator itself, so there the node of the eager door is hung on the loss.
+    """
+    if torch.compiler.is_compiling() or not arguments[-1]:
+        loss, _, _, packed = operator(*arguments)
+        return loss, packed
+    with torch.no_grad():
+        loss, gradient, scale, packed = operator(*arguments)
+    return _kept((loss, gradient, scale, row_dim), *inputs), packed
 
 
 def _float(number: Any) -> float | None:

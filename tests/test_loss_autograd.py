@@ -72,6 +72,31 @@ def test_there_is_no_second_derivative(loss, door):
         torch.autograd.gradgradcheck(lambda x: door(**{loss.leaf: x}, **arguments)[0], leaf)
 
 
+@pytest.mark.parametrize("aggregate", AGGREGATES)
+@pytest.mark.parametrize("listed", [False, True], ids=["whole", "listed"])
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_the_operators_have_a_rule_of_their_own(loss, listed, aggregate):
+    """That of compiled code, which eager calls do not take."""
+    leaf, arguments = call(loss, aggregate=aggregate)
+    leaves = [c.detach().clone().requires_grad_() for c in leaf.unbind(-1)] if listed and loss is VALUE else [leaf]
+    mask = arguments["mask"]
+    if loss is POLICY:
+        given = (leaf, arguments["old_log_probs"], [arguments["advantages"]] * 2, True, None, [1.0, 0.5], mask, None,
+                 0.2, 0.2, None, None, 0.0, aggregate, None, None, True)  # fmt: skip
+        expected = loss.run(policy_loss, {**arguments, "advantages": 1.5 * arguments["advantages"], "log_probs": leaf})
+    else:
+        columns = [list(arguments[name].unbind(-1)) for name in ("old_values", "returns")]
+        given = (leaves, *columns, 0.2, mask, aggregate, None, None, True)
+        expected = loss.run(value_loss, {**arguments, "values": leaves if listed else leaf})
+    value = getattr(torch.ops.pama_ext, loss.name)(*given)[0]
+    gradients = torch.autograd.grad(value, leaves, create_graph=True)
+    torch.testing.assert_close(value.detach(), expected[0])
+    for a, b in zip(gradients, expected[2], strict=True):
+        torch.testing.assert_close(a.detach(), b)
+    with pytest.raises(RuntimeError, match="the losses have no second derivative"):
+        sum(g.square().sum() for g in gradients).backward()
+
+
 @each_door
 def test_a_retained_graph_is_differentiated_again(loss, door):
     leaf, arguments = call(loss)
