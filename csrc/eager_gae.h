@@ -100,7 +100,7 @@ py::object run_gae(PyObject* const* arguments) {
   for (size_t k = 0; k < std::size(others); ++k) {
     PyObject* const object = arguments[others[k]];
     const bool number = others[k] == kGaeGamma || others[k] == kGaeLam;
-    if (object == Py_None ? !number : number && Py_TYPE(object) != torch_.tensor) continue;
+    if (object == Py_None ? !number : number && !is_tensor(object)) continue;
     if (!read(object, tensors[k], views[k])) return py::none();
     optional[k] = &views[k];
   }
@@ -127,13 +127,7 @@ py::object run_gae(PyObject* const* arguments) {
   };
   const py::object advantages = output(params.advantages), returns = output(params.returns);
   if (advantages.is_none() || returns.is_none()) return py::none();
-  void* const stream = current_stream(params.device);
-  if (params.tokens() * params.n < 64 * 1024) {
-    pama::run_gae(params, stream);
-  } else {
-    const py::gil_scoped_release release;
-    pama::run_gae(params, stream);
-  }
+  run_kernel(params, params.tokens() * params.n, pama::run_gae);
   return py::make_tuple(advantages, returns);
 }
 

@@ -68,7 +68,6 @@ bool read_normalizer(PyObject* object, Optional& tensor, pama::LossParams& p) {
   p.normalized = read_number(object, p.normalizer_value) && p.normalizer_value >= 0.0;
   return p.normalized && std::isfinite(p.normalizer_value);
 }
-bool is_tensor(PyObject* object) { return Py_TYPE(object) == torch_.tensor; }
 
 // Loss, metrics and scale in one block of memory.
 struct LossResults {
@@ -100,15 +99,6 @@ py::object named_tuple(PyTypeObject* type, std::initializer_list<py::object> fie
   Py_ssize_t i = 0;
   for (const py::object& field : fields) PyTuple_SET_ITEM(made.ptr(), i++, field.inc_ref().ptr());
   return made;
-}
-
-// f(params, stream), without the interpreter's lock where it takes long.
-template <class Params, class F>
-void run_loss(const Params& p, int64_t elements, F f) {
-  void* const stream = current_stream(p.device);
-  if (elements < 64 * 1024) return f(p, stream);
-  const py::gil_scoped_release release;
-  f(p, stream);
 }
 
 py::object run_policy_loss(PyObject* const* arguments) {
@@ -168,7 +158,7 @@ py::object run_policy_loss(PyObject* const* arguments) {
     gradient = new_tensor(log_probs, first_tensor.dtype, p.device, 2, first.sizes, data);
     p.gradient = static_cast<char*>(data);
   }
-  run_loss(p, p.tokens() * n, pama::run_policy_loss);
+  run_kernel(p, p.tokens() * n, pama::run_policy_loss);
 
   const auto scalar = [&](int k) { return results.scalar(results.metrics_at + k); };
   const auto vector = [&](int k) { return per_objective ? results.vector(results.metrics_at + k, n) : py::none(); };
@@ -224,7 +214,7 @@ py::object run_value_loss(PyObject* const* arguments) {
     gradient = new_tensor(values.objects[0], values.tensors[0].dtype, p.device, ndim, ndim == 3 ? sizes : rows, data);
     p.gradient = static_cast<char*>(data);
   }
-  run_loss(p, p.tokens() * n, pama::run_value_loss);
+  run_kernel(p, p.tokens() * n, pama::run_value_loss);
 
   const auto vector = [&](int k) { return results.vector(results.metrics_at + k * n, n); };
   const py::object fields = named_tuple(value_metrics_type, {vector(0), vector(1), vector(2)});
@@ -243,9 +233,12 @@ py::object run_scale(PyObject* const* arguments) {
   if (pama::plan_scale(views[0], views[1], views[2], static_cast<int>(PyLong_AsLong(arguments[3])), p))
     return py::none();
   py::object out = py::reinterpret_borrow<py::object>(arguments[0]);
-  if (arguments[4] != Py_True)
+  if (arguments[4] == Py_True) {
+    mark_written(arguments, 1);  // whoever holds it still must not take it for what was kept
+  } else {
     out = new_tensor(arguments[0], tensors[0].dtype, p.device, views[0].ndim, views[0].sizes, p.out);
-  run_loss(p, p.elements(), pama::run_scale);
+  }
+  run_kernel(p, p.elements(), pama::run_scale);
   return out;
 }
 

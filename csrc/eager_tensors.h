@@ -53,6 +53,8 @@ void open_door() try {
 } catch (const py::error_already_set&) {  // door 1 serves all
 }
 
+bool is_tensor(PyObject* object) { return Py_TYPE(object) == torch_.tensor; }
+
 bool is_true(PyObject* result) {  // steals
   const py::object owned = py::reinterpret_steal<py::object>(result);
   if (!owned) throw py::error_already_set();
@@ -64,6 +66,14 @@ PyObject* ask(PyObject* builtin, PyObject* argument = nullptr) {
   if (PyCFunction_GetFlags(builtin) == (argument ? METH_O : METH_NOARGS))
     return PyCFunction_GetFunction(builtin)(PyCFunction_GetSelf(builtin), argument);
   return PyObject_Vectorcall(builtin, &argument, argument ? 1 : 0, nullptr);
+}
+
+// As torch's own in-place operators do: autograd must see that a tensor changes.
+void mark_written(PyObject* const* tensors, int count) {
+  const auto written = py::reinterpret_steal<py::object>(PyTuple_New(count));
+  if (!written) throw py::error_already_set();
+  for (int i = 0; i < count; ++i) PyTuple_SET_ITEM(written.ptr(), i, Py_NewRef(tensors[i]));
+  is_true(ask(torch_.increment_version, written.ptr()));
 }
 
 bool modes_active() { return is_true(ask(torch_.dispatch_modes)) || is_true(ask(torch_.function_modes)); }
@@ -115,7 +125,7 @@ bool is_negative(PyObject* tensor, const pama::TensorView& view) {
 
 // The exchange table checks nothing, so exactly torch.Tensor and nothing lazy: false if this is not one.
 bool read(PyObject* object, DLTensor& t, pama::TensorView& view, bool is_output = false) {
-  if (Py_TYPE(object) != torch_.tensor) return false;
+  if (!is_tensor(object)) return false;
   if (torch_.exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {
     decline();  // no storage: meta, sparse, functorch
     return false;
@@ -174,7 +184,7 @@ struct Inputs {
   }
 
   bool add(PyObject* advantages) {
-    listed = Py_TYPE(advantages) != torch_.tensor;
+    listed = !is_tensor(advantages);
     if (!listed) {
       hold(advantages);
     } else if (PyDict_CheckExact(advantages)) {
@@ -213,6 +223,15 @@ void* current_stream(const pama::Device& device) {
       torch_.exchange->current_work_stream(kDLCUDA, device.index, &stream) != 0)
     throw py::error_already_set();
   return stream;
+}
+
+// run(params, stream), without the interpreter's lock where it takes long.
+template <class Params, class Run>
+void run_kernel(Params& params, int64_t elements, Run run) {
+  void* const stream = current_stream(params.device);
+  if (elements < 64 * 1024) return run(params, stream);
+  const py::gil_scoped_release release;
+  run(params, stream);
 }
 
 }  // namespace

@@ -46,9 +46,9 @@ const char* plan_common(const TensorView* mask, const TensorView* normalizer, co
 
 bool joins(const Plane& q, int64_t cols) { return !q.data || q.row == cols * q.col; }
 
-double log_bound(double ratio) {  // of a ratio that only numbers within the limit reach
+double log_bound(double ratio) {  // what log_ratio, held within its limit, is compared with
   const double bound = std::log(ratio);
-  return bound >= kLogRatioLimit ? HUGE_VAL : bound;
+  return bound >= kLogRatioLimit ? HUGE_VAL : bound < -kLogRatioLimit ? -HUGE_VAL : bound;
 }
 
 }  // namespace
@@ -164,7 +164,6 @@ const char* plan_value_loss(Aggregate aggregate, double clip, const ValueTensors
   p.wide = p.value_dtype == wide || p.old_dtype == wide || p.return_dtype == wide;
   p.gradient = nullptr;
   p.gradient_col = tensors.interleaved ? p.n : 1;
-  p.gradient_row = p.cols * p.gradient_col;
   p.gradient_objective = tensors.interleaved ? 1 : p.rows * p.cols;
 
   bool flat = !p.by_rows() && p.rows != 1 && joins(p.mask, p.cols);

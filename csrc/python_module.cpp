@@ -29,14 +29,6 @@ py::object new_output(const Inputs& in, int64_t dim, pama::CombineParams& p) {
   return out;
 }
 
-// As torch's own in-place operators do: autograd must see that a tensor changes.
-void mark_written(PyObject* const* tensors, int count) {
-  const auto written = py::reinterpret_steal<py::object>(PyTuple_New(count));
-  if (!written) throw py::error_already_set();
-  for (int i = 0; i < count; ++i) PyTuple_SET_ITEM(written.ptr(), i, Py_NewRef(tensors[i]));
-  is_true(ask(torch_.increment_version, written.ptr()));
-}
-
 // Positions of the arguments, those of pama_ext.combine in its order.
 enum Argument {
   kAdvantages,
@@ -110,7 +102,7 @@ py::object run(PyObject* const* arguments) {
   const pama::TensorView* optional[kViews] = {};
   const py::handle given[kViews] = {mask, log_ratio, reward_weights, groups, out};
   for (int k = 0; k < kViews; ++k) {
-    if (given[k].is_none() || (k == kRewardView && Py_TYPE(given[k].ptr()) != torch_.tensor)) continue;
+    if (given[k].is_none() || (k == kRewardView && !is_tensor(given[k].ptr()))) continue;
     if (!read(given[k].ptr(), tensors[k], views[k], k == kOutView)) return py::none();
     optional[k] = &views[k];
   }
@@ -134,13 +126,7 @@ py::object run(PyObject* const* arguments) {
   py::object result = py::reinterpret_borrow<py::object>(kInPlace ? advantages : out);
   if (!kInPlace && out.is_none()) result = new_output(in, options.dim, params);
   py::object combined = new_combined(result.ptr(), allocate_packed(params));
-  void* const stream = current_stream(params.device);
-  if (params.tokens() * params.n < 64 * 1024) {
-    pama::run_combine(params, stream);
-  } else {
-    const py::gil_scoped_release release;
-    pama::run_combine(params, stream);
-  }
+  run_kernel(params, params.tokens() * params.n, pama::run_combine);
 
   if (PyDict_CheckExact(advantages.ptr()))
     combined.attr(names_attribute) = py::reinterpret_steal<py::object>(PySequence_Tuple(advantages.ptr()));

@@ -325,6 +325,7 @@ def _per_objective_shape(name: str, argument: Any, dim: int, time: int) -> tuple
             ours, theirs = getattr(tensor, what), getattr(tensors[0], what)
             if ours != theirs:
                 kind = TypeError if what == "dtype" else ValueError
+                theirs, ours = (_list(x) if what == "shape" else x for x in (theirs, ours))
                 raise kind(f"{label}: expected one {what} for all, got {theirs} before and {ours}")
     first = tensors[0]
     if not isinstance(argument, Tensor):
@@ -385,7 +386,7 @@ def _finite_numbers(name: str, numbers: Any, n: int) -> None:
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, Real):
             raise TypeError(f"{name}: expected floats, got {kind_of(number)}")
-        if not -math.inf < float(number) < math.inf:  # dynamo knows no isfinite of a number
+        if not -math.inf < _float(name, number) < math.inf:  # dynamo knows no isfinite of a number
             raise ValueError(f"{name}: expected finite numbers, got {number}")
     if len(numbers) != n:
         raise ValueError(f"{name}: expected one per objective ({n}), got {len(numbers)}")
@@ -394,9 +395,17 @@ def _finite_numbers(name: str, numbers: Any, n: int) -> None:
 def _number(name: str, value: Any, clip_range: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a float, got {kind_of(value)}")
-    if clip_range and not float(value) >= 0:
+    number = _float(name, value)
+    if clip_range and not number >= 0:
         raise ValueError(f"{name}: expected a clip range >= 0, got {value}")
-    return float(value)
+    return number
+
+
+def _float(name: str, value: Real) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: expected a number that a float holds, got {value}") from None
 
 
 def _floating(name: str, tensor: Any) -> None:
@@ -419,8 +428,9 @@ def _heads_shape(name: str, heads: Any) -> tuple[torch.Size, int, Tensor]:
     if isinstance(heads, Tensor) and heads.dim() == 2:
         _floating(name, heads)
         return heads.shape, 1, heads
-    shape, n, first = _per_objective_shape(name, heads, 2, 2)
-    if len(shape) != 2:
+    forms = isinstance(heads, Tensor) and heads.dim() != 3
+    shape, n, first = (heads.shape, 0, heads) if forms else _per_objective_shape(name, heads, 2, 2)
+    if forms or len(shape) != 2:
         raise ValueError(f"{name}: expected [B, T, N], [B, T], or N tensors [B, T], got {_form(heads)}")
     return shape, n, first
 
@@ -439,7 +449,8 @@ def _beside(name: str, tensor: Any, shape: Sequence[int], first: Tensor, main: s
     """Check a tensor that belongs to all objectives; ``main`` is the argument that ``first`` is of."""
     strided_tensor(name, tensor)
     if tensor.shape != shape:
-        raise ValueError(f"{name}: expected the shape of one objective {_list(shape)}, got {_list(tensor.shape)}")
+        of = main if main == "log_probs" else "one objective"
+        raise ValueError(f"{name}: expected the shape of {of} {_list(shape)}, got {_list(tensor.shape)}")
     if tensor.device != first.device:
         raise ValueError(f"{name}: expected device {first.device} as {main}, got {tensor.device}")
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pama_ext import _C, _checks, _ops
 from pama_ext._gae import each
@@ -110,8 +111,8 @@ def policy_loss(
             rows with a valid token), "seq-mean-token-mean" (the sum of each row's mean / rows with a valid token).
         normalizer: what the sum is divided by instead: a number >= 0, or a tensor of one element, floating or of 32 or
             64 bit integers, on the device of ``log_probs``. For gradient accumulation the tokens (rows) of all
-            micro-batches; where ranks average their gradients, those of all ranks divided by their number. 0: the loss
-            is 0. None: as ``aggregate`` says; 1 for "token-sum".
+            micro-batches; where ranks average their gradients, those of all ranks divided by their number. 0: so
+            is the loss. None: as ``aggregate`` says; 1 for "token-sum".
         objective_advantages: instead of ``advantages``, those of N objectives, for metrics of each: ``[B, T, N]`` or
             ``[B, N]``, or a sequence or dict of N tensors ``[B, T]`` or ``[B]``, N from 1 to 64. A is their sum by
             ``weights``; with those that :func:`pama_ext.combine_` leaves, weights of 1 make it PAMA's combination.
@@ -127,9 +128,10 @@ def policy_loss(
         TypeError: an argument is of the wrong type or dtype.
 
     Errors are raised before any work. Nothing synchronises. The forward pass keeps one tensor like ``log_probs``, which
-    the backward pass multiplies by the incoming gradient, in place unless the graph is retained. Deterministic.
+    the backward pass multiplies by the incoming gradient, in place unless the graph is retained; in float16 its entries
+    u A are held within +-65504. Deterministic.
     """
-    if not torch.compiler.is_dynamo_compiling():
+    if not torch.compiler.is_dynamo_compiling() and forward_ad._current_level < 0:
         result = _C.policy_loss(log_probs, old_log_probs, advantages, mask, clip_low, clip_high, dual_clip, max_weight,
                                 kl_coef, ref_log_probs, aggregate, normalizer, objective_advantages,
                                 weights)  # fmt: skip
@@ -137,7 +139,7 @@ def policy_loss(
             loss, metrics, gradient, scale = result
             if gradient is None:
                 return loss, metrics
-            return _kept((loss, gradient, scale, 0), log_probs), metrics
+            return _kept((loss, gradient, scale, 0), log_probs)[0], metrics
     return _policy_loss_dispatcher(
         log_probs, old_log_probs, advantages, mask=mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip,
         max_weight=max_weight, kl_coef=kl_coef, ref_log_probs=ref_log_probs, aggregate=aggregate,
@@ -185,17 +187,18 @@ def value_loss(
         ValueError: a shape, device, range or option does not fit; the message names the argument.
         TypeError: an argument is of the wrong type or dtype.
 
-    Errors are raised before any work. Nothing synchronises. Memory and determinism as of :func:`pama_ext.policy_loss`.
+    Errors are raised before any work. Nothing synchronises. Memory and determinism as of :func:`pama_ext.policy_loss`;
+    the gradients of a list of heads are views of one tensor.
     """
-    if not torch.compiler.is_dynamo_compiling():
+    if not torch.compiler.is_dynamo_compiling() and forward_ad._current_level < 0:
         result = _C.value_loss(values, old_values, returns, mask, clip, aggregate, normalizer)
         if result is not None:
             loss, metrics, gradient, scale = result
             if gradient is None:
                 return loss, metrics
             if isinstance(values, Tensor):
-                return _kept((loss, gradient, scale, 0), values), metrics
-            return _kept((loss, gradient, scale, 1), *_heads(values)), metrics
+                return _kept((loss, gradient, scale, 0), values)[0], metrics
+            return _kept((loss, gradient, scale, 1), *_heads(values))[0], metrics
     return _value_loss_dispatcher(
         values, old_values, returns, mask=mask, clip=clip, aggregate=aggregate, normalizer=normalizer
     )
@@ -204,18 +207,22 @@ def value_loss(
 class _Kept(torch.autograd.Function):
     """The node of a loss that is computed already: ``kept`` is ``(loss, gradient, scale, dimension of the rows)``.
 
-    With ``row_dim`` 1 the gradient is ``[N, B, T]``, for N inputs.
+    With ``row_dim`` 1 the gradient is ``[N, B, T]``, for N inputs. ``scale`` is an output besides the loss that nobody
+    sees: as such it leads to the inputs, whatever happens to the loss.
     """
 
     @staticmethod
-    def forward(ctx: Any, kept: tuple[Tensor, Tensor, Tensor, int], *inputs: Tensor) -> Tensor:
+    def forward(ctx: Any, kept: tuple[Tensor, Tensor, Tensor, int], *inputs: Tensor) -> tuple[Tensor, Tensor]:
         loss, gradient, scale, ctx.row_dim = kept
-        ctx.save_for_backward(gradient, scale, loss)
-        return loss
+        ctx.save_for_backward(gradient, scale)
+        ctx.set_materialize_grads(False)
+        return loss, scale
 
     @staticmethod
-    def backward(ctx: Any, incoming: Tensor) -> Any:
-        gradient, scale, loss = ctx.saved_tensors
+    def backward(ctx: Any, incoming: Tensor | None, _: None) -> Any:
+        if incoming is None:
+            return (None,) * len(ctx.needs_input_grad)
+        gradient, scale = ctx.saved_tensors
         # What nobody can ask for again is scaled where it stands.
         result = _C.scale(
             gradient, incoming, scale, ctx.row_dim, not torch._C._autograd._get_current_graph_task_keep_graph()
@@ -223,10 +230,11 @@ class _Kept(torch.autograd.Function):
         if result is None:  # not plain tensors: hooks on saved tensors, a mode, a subclass
             result = _ops.scaled(gradient, incoming, scale, ctx.row_dim, scale.shape[0] > 1)
         gradients = (result,) if ctx.row_dim == 0 else result.unbind(0)
-        return None, *_ops.once(gradients, loss, incoming)
+        return None, *_ops.once(gradients, scale, incoming)
 
 
 _kept: Any = _Kept.apply
+_unpack_dual: Any = forward_ad.unpack_dual
 
 
 def _policy_loss_dispatcher(
@@ -258,8 +266,9 @@ def _policy_loss_dispatcher(
     loss, packed = _run(
         torch.ops.pama_ext.policy_loss, [log_probs], 0,
         log_probs, old_log_probs.detach(), [column.detach() for column in columns], objective_advantages is not None,
-        weights if isinstance(weights, Tensor) else None, numbers, mask, ref_log_probs, float(clip_low),
-        float(clip_high), _float(dual_clip), _float(max_weight), float(kl_coef), aggregate, *divisor, needs_gradient,
+        _detached(weights if isinstance(weights, Tensor) else None), numbers, _detached(mask), _detached(ref_log_probs),
+        float(clip_low), float(clip_high), _float(dual_clip), _float(max_weight), float(kl_coef), aggregate, *divisor,
+        needs_gradient,
     )  # fmt: skip
     *scalars, ref_kl = packed[: _ops.POLICY_SCALARS].unbind(0)
     clipped = shares = None
@@ -288,7 +297,7 @@ def _value_loss_dispatcher(
     loss, packed = _run(
         torch.ops.pama_ext.value_loss, tensors, 0 if isinstance(values, Tensor) and values.dim() == 3 else 1,
         tensors, [x.detach() for x in olds], [x.detach() for x in _heads(returns, names)],
-        0.0 if clip is None else float(clip), mask, aggregate, *divisor, needs_gradient,
+        0.0 if clip is None else float(clip), _detached(mask), aggregate, *divisor, needs_gradient,
     )  # fmt: skip
     return loss, ValueMetrics(*packed.split(n))
 
@@ -299,12 +308,19 @@ def _run(operator: Any, inputs: list[Tensor], row_dim: int, *arguments: Any) -> 
     The operator has a rule of autograd for code that is compiled. Called in eager it costs four times as much as the
     operator itself, so there the node of the eager door is hung on the loss.
     """
-    if torch.compiler.is_compiling() or not arguments[-1]:
+    needs_gradient = arguments[-1]
+    if forward_ad._current_level >= 0 and any(_unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError("pama_ext: the losses have no forward-mode derivative")
+    if torch.compiler.is_compiling():
         loss, _, _, packed = operator(*arguments)
         return loss, packed
     with torch.no_grad():
         loss, gradient, scale, packed = operator(*arguments)
-    return _kept((loss, gradient, scale, row_dim), *inputs), packed
+    return _kept((loss, gradient, scale, row_dim), *inputs)[0] if needs_gradient else loss, packed
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def _float(number: Any) -> float | None:

@@ -95,21 +95,21 @@ def _loss(
 
 
 def scaled(gradient: Tensor, incoming: Tensor, scale: Tensor, row_dim: int, by_row: bool) -> Tensor:
-    """What a loss keeps for backward, times the incoming gradient."""
-    factor = incoming * scale[0]
+    """What a loss keeps for backward, times the incoming gradient; 0 stays 0, whatever that is."""
+    factor = (incoming * scale[0]).reshape([1] * gradient.dim())  # of no dimension, it would be rounded to a half
     if by_row:
         factor = factor * scale[1:].reshape([-1 if d == row_dim else 1 for d in range(gradient.dim())])
-    return (gradient * factor).to(gradient.dtype)
+    return torch.where(gradient == 0, 0.0, gradient * factor).to(gradient.dtype)
 
 
-def once(gradients: tuple[Tensor, ...], loss: Tensor, incoming: Tensor) -> tuple[Tensor, ...]:
+def once(gradients: tuple[Tensor, ...], output: Tensor, incoming: Tensor) -> tuple[Tensor, ...]:
     """The gradients; where the graph of backward is recorded, behind a node that says there is no second derivative.
 
-    ``loss`` and ``incoming`` lead to all that a second derivative could be asked for.
+    An output of the loss's node, and ``incoming``, lead to all that a second derivative could be asked for.
     """
     if not torch.is_grad_enabled():
         return gradients
-    inputs = (*(gradient.detach().requires_grad_() for gradient in gradients), loss, incoming)
+    inputs = (*(gradient.detach().requires_grad_() for gradient in gradients), output, incoming)
     refuse = torch._C._functions.DelayedError(b"pama_ext: the losses have no second derivative", len(inputs))
     refused: tuple[Tensor, ...] = refuse(*inputs)
     return refused[:-2]
@@ -119,11 +119,12 @@ def _differentiable(name: str, aggregate_at: int, lists: tuple[int, ...]) -> Non
     """Make a loss differentiable in its first input; the others at ``lists`` are lists of tensors."""
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        loss, gradient, scale, metrics = output
-        ctx.save_for_backward(gradient, scale, loss)
-        ctx.mark_non_differentiable(gradient, scale, metrics)
+        _, gradient, scale, metrics = output
+        ctx.save_for_backward(gradient, scale)
+        ctx.mark_non_differentiable(gradient, metrics)  # but not scale: it leads to the inputs, see once
+        ctx.set_materialize_grads(False)
         ctx.by_row = inputs[aggregate_at] == "seq-mean-token-mean"
-        ctx.listed = isinstance(inputs[0], (list, tuple))
+        ctx.listed = len(inputs[0]) if isinstance(inputs[0], (list, tuple)) else 0
         ctx.apart = ctx.listed and inputs[0][0].dim() == 2  # the gradient is [N, B, T]
         # None for each of the others, in a list where torch.library takes them for a list of tensors.
         ctx.others = [
@@ -131,12 +132,14 @@ def _differentiable(name: str, aggregate_at: int, lists: tuple[int, ...]) -> Non
             for k, x in enumerate(inputs) if k > 0
         ]  # fmt: skip
 
-    def backward(ctx: Any, incoming: Tensor, *unused: Any) -> tuple[Any, ...]:
-        gradient, scale, loss = ctx.saved_tensors
+    def backward(ctx: Any, incoming: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        gradient, scale = ctx.saved_tensors
+        if incoming is None:
+            return ([None] * ctx.listed if ctx.listed else None, *ctx.others)
         if gradient.dim() == 1:
             raise RuntimeError(f"pama_ext::{name} was called with needs_gradient=False")
         result = scaled(gradient, incoming, scale, 1 if ctx.apart else 0, ctx.by_row)
-        gradients = once(result.unbind(0) if ctx.apart else (result,), loss, incoming)
+        gradients = once(result.unbind(0) if ctx.apart else (result,), scale, incoming)
         return (list(gradients) if ctx.listed else gradients[0], *ctx.others)
 
     torch.library.register_autograd(f"pama_ext::{name}", backward, setup_context=keep, lib=_library)

@@ -160,7 +160,7 @@ def size_of_token(loss: Loss, arguments: dict[str, Any]) -> float:
     """A bound on the loss of a token, of which rounding is a share."""
     if loss is VALUE:
         return (_largest(arguments["values"]) + _largest(arguments["returns"])) ** 2
-    apart = (arguments["log_probs"].double() - arguments["old_log_probs"].double()).nan_to_num(0, 0, 0)
+    apart = (arguments["log_probs"].double() - arguments["old_log_probs"].double()).nan_to_num(0, 20, -20)
     mask = arguments.get("mask")
     apart = apart if mask is None else torch.where(mask != 0, apart, 0.0)
     advantages = arguments.get("advantages", arguments.get("objective_advantages"))

@@ -124,6 +124,79 @@ def test_scaling_in_place_and_not_are_the_same(aggregate, dtype, loss, door):
     assert_same_bits(*gradients)
 
 
+IN_PLACE = {"/=": lambda x: x.div_(4), "+=": lambda x: x.add_(0.5), "*=": lambda x: x.mul_(3.0)}
+
+
+@each_door
+@pytest.mark.parametrize("change", IN_PLACE.values(), ids=IN_PLACE)
+def test_the_loss_may_be_changed_in_place(change, loss, door):
+    """As trainers do that accumulate gradients; eager, compiled, and by the operator's own rule."""
+    leaf, arguments = call(loss)
+    reference, _ = loss.specification(**{loss.leaf: leaf}, **arguments)
+    (expected,) = torch.autograd.grad(change(reference), leaf)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: change(loss.public(**{loss.leaf: x}, **arguments)[0]), backend="aot_eager")
+    for value in (change(door(**{loss.leaf: leaf}, **arguments)[0]), compiled(leaf)):
+        torch.testing.assert_close(value.detach(), reference.detach())
+        torch.testing.assert_close(torch.autograd.grad(value, leaf)[0], expected)
+
+
+@each_door
+def test_what_else_requires_grad_does_not_matter(loss, door):
+    """Where log_probs or values do not, the loss does not either."""
+    options = {"ref": True, "kl_coef": 0.1, "objectives": 2, "weights": torch.ones(2)} if loss is POLICY else {}
+    leaf, arguments = call(loss, **options)
+    arguments["mask"] = arguments["mask"].float()
+    others = {k: x.clone().requires_grad_() if isinstance(x, torch.Tensor) else x for k, x in arguments.items()}
+    value, metrics = door(**{loss.leaf: leaf.detach()}, **others)
+    assert not value.requires_grad
+    assert not any(x.requires_grad for x in metrics if x is not None)
+
+
+@each_door
+def test_a_derivative_of_0_stays_0(loss, door):
+    """Masked and clipped tokens, whatever the incoming gradient or the normalizer makes of the others."""
+    leaf, arguments = call(loss)
+    (zeros,) = (x == 0 for x in loss.run(door, {**arguments, loss.leaf: leaf.detach()})[2])
+    assert zeros.any() and not zeros.all()
+    for incoming, options in ((torch.inf, {}), (torch.nan, {}), (1.0, {"normalizer": 1e-40})):
+        _, _, (gradient,) = loss.run(door, {**arguments, **options, loss.leaf: leaf.detach()}, incoming)
+        assert (gradient[zeros] == 0).all()
+        assert not gradient[~zeros].isfinite().any()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy().copy(), torch.from_numpy):
+        value, _ = door(**{loss.leaf: leaf}, **arguments)
+    value.backward(torch.tensor(torch.inf))
+    assert (leaf.grad[zeros] == 0).all()
+
+
+def test_a_backward_that_failed_half_way_is_not_repeated_wrongly():
+    """What was kept is scaled by then; torch says that it has changed."""
+    leaf, arguments = call(POLICY)
+    value, _ = policy_loss(leaf, **arguments)
+
+    def fail(inputs, outputs):
+        raise RuntimeError("a hook")
+
+    handle = value.grad_fn.register_hook(fail)
+    with pytest.raises(RuntimeError, match="a hook"):
+        value.backward()
+    handle.remove()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
+
+
+@each_door
+def test_there_is_no_forward_derivative(loss, door):
+    leaf, arguments = call(loss)
+    expected, _ = door(**{loss.leaf: leaf.detach()}, **arguments)
+    with torch.autograd.forward_ad.dual_level():
+        got, _ = loss.public(**{loss.leaf: leaf.detach()}, **arguments)
+        assert_same_bits(got, expected)
+        dual = torch.autograd.forward_ad.make_dual(leaf.detach(), torch.ones_like(leaf))
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            loss.public(**{loss.leaf: dual}, **arguments)
+
+
 @each_door
 def test_only_one_argument_has_a_gradient(loss, door):
     leaf, arguments = call(loss, **({"ref": True, "kl_coef": 0.1, "objectives": 2} if loss is POLICY else {}))

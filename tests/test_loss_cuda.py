@@ -10,6 +10,7 @@ from loss_cases import AGGREGATES, POLICY, SHAPES, VALUE, VARIANTS, assert_compu
 from torch.utils._pytree import tree_map
 
 from pama_ext import policy_loss
+from pama_ext._ops import scaled
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
@@ -143,6 +144,14 @@ def test_memory_is_one_tensor_like_log_probs():
     before = torch.cuda.memory_allocated()
     policy_loss(leaf, **arguments)[0].backward()
     assert torch.cuda.max_memory_allocated() - before < 1.1 * leaf.numel() * leaf.element_size()
+
+
+def test_halves_are_scaled_by_a_float32():
+    """Without the eager door too, where the factor is a tensor: that of a million tokens is below float16's range."""
+    kept = torch.ones(1024, 1024, dtype=torch.float16, device=CUDA)
+    factor = torch.tensor([2.0**-20], device=CUDA)
+    got = scaled(kept, torch.tensor(2.0**16, device=CUDA), factor, 0, False)
+    assert_same_bits(got, torch.full_like(kept, 2.0**-4))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -211,6 +211,19 @@ def test_scaling(value, sizes, dtype):
         assert_same_bits(out, in_place)
 
 
+def test_small_divergences_keep_their_digits(policy):
+    for dtype in (torch.float32, torch.float64):
+        for d in (1e-5, 1e-3, 0.3, -0.34, 0.36, -2.0):
+            ref = torch.full((1, 1), d, dtype=dtype)
+            zero = torch.zeros(1, 1, dtype=dtype)
+            *_, packed = run_policy(policy, log_probs=zero, old_log_probs=zero, advantages=zero, ref_log_probs=ref)
+            exact = torch.special.expm1(ref.double()) - ref.double()
+            if abs(d) < 0.1:  # where the float64 difference itself has lost digits
+                x = ref.double()
+                exact = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x / 120)))
+            assert packed[6].item() == pytest.approx(exact.item(), rel=8 * torch.finfo(dtype).eps)
+
+
 BARRIERS = 5  # of loss.cuh: two in Team::sum, two in leave, one after the last of meet
 
 

@@ -248,6 +248,30 @@ def test_the_gradient_of_halves_does_not_vanish():
     torch.testing.assert_close(x.grad, torch.full_like(x, -1 / 512))
 
 
+@each_door
+def test_the_gradient_of_halves_stays_finite(door):
+    """u A beyond what float16 holds is held at its largest number, in what is kept."""
+    arguments = make((1, 8), torch.float16, mask=None)
+    arguments["old_log_probs"] = torch.zeros(1, 8, dtype=torch.float16)
+    arguments["log_probs"] = torch.full((1, 8), 12.0, dtype=torch.float16)
+    for sign in (1.0, -1.0):
+        arguments["advantages"] = torch.full((1, 8), -sign, dtype=torch.float16)
+        _, _, (gradient,) = POLICY.run(door, {**arguments, "clip_high": 1e9})
+        assert (gradient == sign * 65504 / 8).all()
+    arguments["advantages"][0, 3] = math.nan
+    assert POLICY.run(door, arguments)[2][0][0, 3].isnan()
+
+
+@each_door
+@pytest.mark.parametrize("bound", [1e-10, 1e-8, 1e8, 1e10])
+def test_a_weight_bounded_beyond_the_limit_of_ratios(bound, door):
+    """exp(-20) is 2e-9, and exp(20) 5e8."""
+    arguments = make((2, 40), mask=None, max_weight=bound)
+    for apart in (30.0, -30.0, math.inf, -math.inf, 19.5, -19.5):
+        arguments["old_log_probs"] = arguments["log_probs"] - apart
+        assert_computes(POLICY, door, arguments)
+
+
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("shape", [(64, 1024), (3, 40000)], ids=str)
 def test_the_number_of_threads_changes_no_bit(shape, aggregate):

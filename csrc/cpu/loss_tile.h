@@ -63,7 +63,7 @@ class LossTile {
       using S = decltype(s);
       S* __restrict out = reinterpret_cast<S*>(to) + first;
       if constexpr (sizeof(S) <= sizeof(C))
-        for (int k = 0; k < count; ++k) out[k] = Storage<S>::store(static_cast<typename Storage<S>::Compute>(from[k]));
+        for (int k = 0; k < count; ++k) out[k] = store_finite<S>(from[k]);
     });
   }
 

@@ -51,7 +51,7 @@ class PolicyKernel : LossTile<C> {
     const C *log_probs = this->view(p, p.log_probs, p.log_prob_dtype, first, count, log_prob_scratch),
             *old = this->view(p, p.old_log_probs, p.old_dtype, first, count, old_scratch), *ref = log_probs;
     if (p.ref_log_probs.data) ref = this->view(p, p.ref_log_probs, p.ref_dtype, first, count, ref_scratch);
-    const bool direct = p.gradient && p.log_prob_dtype == (sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32);
+    const bool direct = p.gradient && p.log_prob_dtype == LossTile<C>::kNative;
     C* gradient = direct ? reinterpret_cast<C*>(p.gradient) + first : gradient_scratch;
     int64_t counted;
     if (p.ref_log_probs.data)
@@ -98,8 +98,8 @@ class PolicyKernel : LossTile<C> {
                           __attribute__((always_inline)) {
                             const V log_ratio = log_prob - old_log_prob, bounded = to_limit<V, C>(log_ratio);
                             const V u = exponential<C>(bounded).value;
-                            const auto term = policy_term<kTruncated, V, M>(bounds, log_prob, log_ratio, u, a);
-                            V each = term.loss, d_each = term.factor * a;
+                            const auto term = policy_term<kTruncated, V, M>(bounds, log_prob, log_ratio, bounded, u, a);
+                            V each = term.loss, d_each = term.slope;
                             if constexpr (kReference) {
                               const V apart = ref_log_prob - log_prob, limited = to_limit<V, C>(apart);
                               const V kl = exponential<C>(limited).beyond;
@@ -111,7 +111,7 @@ class PolicyKernel : LossTile<C> {
                             }
                             total += take ? each : V{};
                             slope = take ? d_each : V{};
-                            log_u = log_ratio;
+                            log_u = bounded;
                             const V valid_u = take ? u : V{};
                             ratios += valid_u;
                             ratio_max = valid_u > ratio_max ? valid_u : ratio_max;

@@ -99,7 +99,7 @@ class ValueKernel : LossTile<C> {
         for (int i = 0; i < p.n; ++i) {
           S* __restrict dst = out + first * p.gradient_col + i * p.gradient_objective;
           const C* __restrict src = values + i * stride;
-          for (int k = 0; k < count; ++k) dst[k * p.gradient_col] = stored<S>(src[k]);
+          for (int k = 0; k < count; ++k) dst[k * p.gradient_col] = store_finite<S>(src[k]);
         }
       }
     });
@@ -109,12 +109,7 @@ class ValueKernel : LossTile<C> {
   void interleave(int64_t first, int count, S* out) const {
     S* __restrict dst = out + first * N;
     for (int k = 0; k < count; ++k)
-      for (int i = 0; i < N; ++i) dst[k * N + i] = stored<S>(values[i * stride + k]);
-  }
-
-  template <class S>
-  static S stored(C x) {
-    return Storage<S>::store(static_cast<typename Storage<S>::Compute>(x));
+      for (int i = 0; i < N; ++i) dst[k * N + i] = store_finite<S>(values[i * stride + k]);
   }
 
   const ValueParams& p;
@@ -148,7 +143,10 @@ void scale(const ScaleParams& p, int64_t first, int64_t last) {
     for (int64_t row = p.row_scales ? first / p.cols : 0, k = first; k < last; ++row) {
       const int64_t end = p.row_scales ? smaller(last, (row + 1) * p.cols) : last;
       const C factor = static_cast<C>(all * p.row_factor(row));
-      for (; k < end; ++k) to[k] = Storage<S>::store(Storage<S>::load(from[k]) * factor);
+      for (; k < end; ++k) {  // 0 stays 0, whatever the factor is
+        const C x = Storage<S>::load(from[k]);
+        to[k] = Storage<S>::store(x == C{0} ? x : x * factor);
+      }
     }
   });
 }

@@ -131,10 +131,9 @@ __device__ inline int load_valid(const LossParams& p, const Four& f, bool* to) {
 
 template <class S, class C>
 __device__ void store_as(char* data, int64_t at, int64_t step, const Four& f, const C* from) {
-  using A = typename Storage<S>::Compute;
   S* const to = reinterpret_cast<S*>(data) + at;
   Quad<S> quad;
-  for (int k = 0; k < 4; ++k) quad.at[k] = Storage<S>::store(static_cast<A>(from[k]));
+  for (int k = 0; k < 4; ++k) quad.at[k] = store_finite<S>(from[k]);
   if (f.count == 4 && step == 1 && holds_quad(to)) {
     *reinterpret_cast<Quad<S>*>(to) = quad;
   } else {

@@ -1,4 +1,5 @@
-// launch_policy_loss_cuda: one launch per call. Every token is read once; its gradient is written at once.
+// launch_policy_loss_cuda: one launch per call. A token is read once, and its gradient is written at once; only the
+// mask is read twice where rows count, and advantages where each objective has metrics.
 #include "loss.cuh"
 #include "pama/policy_term.h"
 
@@ -14,13 +15,11 @@ struct Shared {
 
 __device__ float exponential(float x) { return expf(x); }
 __device__ double exponential(double x) { return exp(x); }
-__device__ float exponential_minus_1(float x) { return expm1f(x); }
-__device__ double exponential_minus_1(double x) { return expm1(x); }
 
 // What the loss of a token is, and its derivative by log_prob.
 template <class C>
 struct Outcome {
-  C loss, slope, factor, log_ratio, bounded, u, kl;
+  C loss, slope, factor, bounded, u, kl;  // bounded: log_ratio within its limit
   bool high, low, dual;
 };
 
@@ -28,24 +27,24 @@ template <class C>
 __device__ Outcome<C> outcome(const PolicyParams& p, const PolicyBounds<C>& bounds, C log_prob, C old, C advantage,
                               C ref) {
   Outcome<C> o{};
-  o.log_ratio = log_prob - old;
-  o.bounded = to_limit<C, C>(o.log_ratio);
+  const C log_ratio = log_prob - old;
+  o.bounded = to_limit<C, C>(log_ratio);
   o.u = exponential(o.bounded);
-  const auto term = p.truncated ? policy_term<true, C, bool>(bounds, log_prob, o.log_ratio, o.u, advantage)
-                                : policy_term<false, C, bool>(bounds, log_prob, o.log_ratio, o.u, advantage);
+  const auto term = p.truncated ? policy_term<true, C, bool>(bounds, log_prob, log_ratio, o.bounded, o.u, advantage)
+                                : policy_term<false, C, bool>(bounds, log_prob, log_ratio, o.bounded, o.u, advantage);
   o.loss = term.loss;
   o.factor = term.factor;
-  o.slope = term.factor * advantage;
+  o.slope = term.slope;
   o.high = term.high;
   o.low = term.low;
   o.dual = term.dual;
   if (p.ref_log_probs.data) {
-    const C apart = ref - log_prob, limited = to_limit<C, C>(apart), grown = exponential_minus_1(limited);
-    o.kl = grown - limited;
+    const C apart = ref - log_prob, limited = to_limit<C, C>(apart);
+    o.kl = exp_beyond(limited);
     if (p.kl_coef != 0.0) {
       const C coef = static_cast<C>(p.kl_coef);
       o.loss += coef * o.kl;
-      if (within_limit<C, bool, C>(apart)) o.slope -= coef * grown;
+      if (within_limit<C, bool, C>(apart)) o.slope -= coef * (o.kl + limited);
     }
   }
   return o;
@@ -82,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) policy_loss_kernel(con
           const Outcome<C> o = outcome(p, bounds, log_probs[k], olds[k], advantages[k], refs[k]);
           slopes[k] = o.slope;
           factors[k] = o.factor;
-          log_probs[k] = o.log_ratio;
+          log_probs[k] = o.bounded;  // from here on
           losses += o.loss;
           ratios += o.u;
           logs += o.bounded;

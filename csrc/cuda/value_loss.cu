@@ -78,6 +78,13 @@ int64_t blocks(const ValueParams& p) {
   return p.wide ? blocks_for<value_loss_kernel<double>>(p) : blocks_for<value_loss_kernel<float>>(p);
 }
 
+// 0 stays 0, whatever the factor is.
+template <class S, class C>
+__device__ S times(S kept, C factor) {
+  const C x = Storage<S>::load(kept);
+  return Storage<S>::store(x == C{0} ? x : x * factor);
+}
+
 template <class S>
 __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__ ScaleParams p) {
   using C = typename Storage<S>::Compute;
@@ -92,13 +99,13 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__
   if (first + 4 <= elements && one_row && holds_quad(from + first) && holds_quad(to + first)) {
     const C factor = static_cast<C>(all * p.row_factor(row));
     Quad<S> quad = *reinterpret_cast<const Quad<S>*>(from + first);
-    for (int k = 0; k < 4; ++k) quad.at[k] = Storage<S>::store(Storage<S>::load(quad.at[k]) * factor);
+    for (int k = 0; k < 4; ++k) quad.at[k] = times(quad.at[k], factor);
     *reinterpret_cast<Quad<S>*>(to + first) = quad;
     return;
   }
   for (int64_t k = first; k < first + 4 && k < elements; ++k) {
     const C factor = static_cast<C>(all * p.row_factor(p.row_scales ? k / p.cols : 0));
-    to[k] = Storage<S>::store(Storage<S>::load(from[k]) * factor);
+    to[k] = times(from[k], factor);
   }
 }
 

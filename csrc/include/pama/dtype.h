@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "pama/hd.h"
 #include "pama/tensor.h"
@@ -86,6 +87,18 @@ PAMA_HD C at_most(double x) {
 template <class C>
 PAMA_HD C at_least(double x) {
   return -at_most<C>(-x);
+}
+
+// As store, but what is finite stays finite: Half has no number beyond 65504.
+template <class S, class C>
+PAMA_HD S store_finite(C x) {
+  using A = typename Storage<S>::Compute;
+  A y = static_cast<A>(x);
+  if constexpr (std::is_same_v<S, Half>) {
+    constexpr A kMost = 65504;
+    if (y - y == A{0}) y = y > kMost ? kMost : y < -kMost ? -kMost : y;
+  }
+  return Storage<S>::store(y);
 }
 
 // Entry `at` of a floating array.

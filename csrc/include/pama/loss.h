@@ -138,8 +138,8 @@ struct ValueParams : LossParams {
   bool clipped;  // old_values are there
   double clip;
   DType value_dtype, old_dtype, return_dtype;
-  char* gradient;                                          // as that of policy_loss, of the dtype of values
-  int64_t gradient_row, gradient_col, gradient_objective;  // its strides, in elements
+  char* gradient;                            // as that of policy_loss, of the dtype of values
+  int64_t gradient_col, gradient_objective;  // its strides, in elements
   Plane values[kMaxObjectives], old_values[kMaxObjectives], returns[kMaxObjectives];
 
   int64_t metrics_size() const { return 3 * n; }

@@ -25,7 +25,7 @@ struct PolicyBounds {
 
 template <class V, class M>
 struct PolicyTerm {
-  V loss, factor;  // the derivative by log_prob is factor * advantage
+  V loss, factor, slope;  // slope: the derivative by log_prob, factor * advantage
   M high, low, dual;
 };
 
@@ -40,23 +40,36 @@ PAMA_HD V to_limit(V x) {  // NaN stays NaN
   return x > limit ? limit : x < -limit ? -limit : x;
 }
 
-// `u` is exp of log_ratio within its limit. Truncated: u is a weight of log_prob, else what is clipped.
+// `u` is exp of `held`, which is log_ratio within its limit. Truncated: u is a weight of log_prob, else what is
+// clipped.
 template <bool kTruncated, class V, class M, class C>
-PAMA_HD PolicyTerm<V, M> policy_term(const PolicyBounds<C>& b, V log_prob, V log_ratio, V u, V advantage) {
+PAMA_HD PolicyTerm<V, M> policy_term(const PolicyBounds<C>& b, V log_prob, V log_ratio, V held, V u, V advantage) {
   const V zero{};
   if constexpr (kTruncated) {
-    const M high = log_ratio > zero + b.log_max;
+    const M high = held > zero + b.log_max;
     const V weight = high ? zero + b.max_weight : u;
-    return {-(weight * advantage * log_prob), -weight, high, M{}, M{}};
+    return {-(weight * advantage * log_prob), -weight, -(weight * advantage), high, M{}, M{}};
   } else {
     const M positive = advantage > zero, negative = advantage < zero;
-    const M high = positive & (log_ratio > zero + b.log_high), low = negative & (log_ratio < zero + b.log_low);
-    const M dual = negative & (log_ratio > zero + b.log_dual);
+    const M high = positive & (held > zero + b.log_high), low = negative & (held < zero + b.log_low);
+    const M dual = negative & (held > zero + b.log_dual);
     const V bounded = high ? zero + b.high : low ? zero + b.low : dual ? zero + b.dual : u;
-    const M moves = within_limit<V, M, C>(log_ratio);
-    const V slope = moves ? -u : zero;
-    return {-(bounded * advantage), (high | low | dual) ? zero : slope, high, low, dual};
+    const M flat = high | low | dual, moves = within_limit<V, M, C>(log_ratio);
+    const V factor = flat ? zero : moves ? -u : zero;
+    return {-(bounded * advantage), factor, flat ? zero : factor * advantage, high, low, dual};
   }
+}
+
+// e^x - 1 - x without the cancellation, of scalars.
+template <class C>
+PAMA_HD C exp_beyond(C x) {
+  if (x > C(0.35) || x < C(-0.35)) return expm1(x) - x;
+  C q{0}, factorial{1};
+  constexpr int kTerms = sizeof(C) == 4 ? 8 : 14;
+  C inverse[kTerms + 1];
+  for (int k = 2; k <= kTerms; ++k) inverse[k] = C{1} / (factorial *= static_cast<C>(k));
+  for (int k = kTerms; k >= 2; --k) q = q * x + inverse[k];
+  return x * x * q;
 }
 
 }  // namespace pama
