@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from pama_ext import _C, _checks, _ops
+from pama_ext import _C, _loss_checks, _ops
 from pama_ext._gae import each
 
 Objectives = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
@@ -255,11 +255,11 @@ def _policy_loss_dispatcher(
     weights: Any = None,
 ) -> tuple[Tensor, PolicyMetrics]:
     """Door 1, ``torch.ops.pama_ext``: for compile, export, modes and subclasses, and for saying what is wrong."""
-    _checks.policy_options(clip_low, clip_high, dual_clip, max_weight, kl_coef, aggregate)
-    n = _checks.policy_loss(
+    _loss_checks.policy_options(clip_low, clip_high, dual_clip, max_weight, kl_coef, aggregate)
+    n = _loss_checks.policy_loss(
         log_probs, old_log_probs, advantages, objective_advantages, weights, mask, ref_log_probs, kl_coef
     )
-    divisor = _checks.normalizer(normalizer, log_probs, "log_probs")
+    divisor = _loss_checks.normalizer(normalizer, log_probs, "log_probs")
     columns = [advantages] if objective_advantages is None else _listed(objective_advantages)
     numbers = [1.0] * n if weights is None else [] if isinstance(weights, Tensor) else [float(w) for w in weights]
     needs_gradient = log_probs.requires_grad and torch.is_grad_enabled()
@@ -288,8 +288,8 @@ def _value_loss_dispatcher(
     normalizer: Any = None,
 ) -> tuple[Tensor, ValueMetrics]:
     """Door 1, ``torch.ops.pama_ext``."""
-    n, first = _checks.value_loss(values, old_values, returns, mask, clip, aggregate)
-    divisor = _checks.normalizer(normalizer, first, "values")
+    n, first = _loss_checks.value_loss(values, old_values, returns, mask, clip, aggregate)
+    divisor = _loss_checks.normalizer(normalizer, first, "values")
     names = tuple(values) if isinstance(values, Mapping) else None
     tensors = [values] if isinstance(values, Tensor) else _heads(values)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
