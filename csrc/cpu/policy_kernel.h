@@ -19,7 +19,6 @@ class PolicyKernel : LossTile<C> {
   using LossTile<C>::kLanes;
   using LossTile<C>::kTokens;
   using LossTile<C>::part_of;
-  using LossTile<C>::valid;
 
  public:
   PolicyKernel(const PolicyParams& params, PolicySums& sums)
@@ -88,62 +87,65 @@ class PolicyKernel : LossTile<C> {
     return combined_scratch;
   }
 
+  struct Sums {
+    V loss{}, ratio{}, log_ratio{}, kl{}, ratio_max{};
+    M tokens{}, high{}, low{}, dual{};
+  };
+  struct Step {
+    V slope, factor, held;  // the gradient; that of an advantage of 1; log_ratio within its limit
+  };
+
+  // A vector of tokens, of which those that `take` says are valid.
+  template <bool kReference, bool kTruncated>
+  inline __attribute__((always_inline)) Step step(V log_prob, V old, V a, V ref, M take, Sums& sums) const {
+    const V log_ratio = log_prob - old, held = to_limit<V, C>(log_ratio), u = exponential<C>(held).value;
+    const auto term = policy_term<kTruncated, V, M>(bounds, log_prob, log_ratio, held, u, a);
+    V each = term.loss, slope = term.slope;
+    if constexpr (kReference) {
+      const C kl_coef = static_cast<C>(p.kl_coef);
+      const V apart = ref - log_prob, limited = to_limit<V, C>(apart), kl = exponential<C>(limited).beyond;
+      sums.kl += take ? kl : V{};
+      if (kl_coef != C{0}) {
+        each += kl_coef * kl;
+        slope -= within_limit<V, M, C>(apart) ? kl_coef * (kl + limited) : V{};
+      }
+    }
+    const V ratio = take ? u : V{};
+    sums.loss += take ? each : V{};
+    sums.ratio += ratio;
+    sums.ratio_max = ratio > sums.ratio_max ? ratio : sums.ratio_max;
+    sums.log_ratio += take ? held : V{};
+    sums.tokens -= take;
+    sums.high -= take & term.high;
+    sums.low -= take & term.low;
+    sums.dual -= take & term.dual;
+    return {take ? slope : V{}, take ? term.factor : V{}, held};
+  }
+
   // Loss and gradient of the tokens, and what they add to the sums; returns how many are valid.
   template <bool kReference, bool kTruncated>
   int64_t terms(int count, const C* log_probs, const C* old, const C* advantages, const C* ref, C* gradient) {
-    V total{}, ratios{}, ratio_max{}, log_ratios{}, kls{};
-    M counted{}, highs{}, lows{}, duals{};
-    const C kl_coef = static_cast<C>(p.kl_coef);
-    const auto step = [&](V log_prob, V old_log_prob, V a, V ref_log_prob, M take, V& slope, V& log_u)
-                          __attribute__((always_inline)) {
-                            const V log_ratio = log_prob - old_log_prob, bounded = to_limit<V, C>(log_ratio);
-                            const V u = exponential<C>(bounded).value;
-                            const auto term = policy_term<kTruncated, V, M>(bounds, log_prob, log_ratio, bounded, u, a);
-                            V each = term.loss, d_each = term.slope;
-                            if constexpr (kReference) {
-                              const V apart = ref_log_prob - log_prob, limited = to_limit<V, C>(apart);
-                              const V kl = exponential<C>(limited).beyond;
-                              kls += take ? kl : V{};
-                              if (kl_coef != C{0}) {
-                                each += kl_coef * kl;
-                                d_each -= within_limit<V, M, C>(apart) ? kl_coef * (kl + limited) : V{};
-                              }
-                            }
-                            total += take ? each : V{};
-                            slope = take ? d_each : V{};
-                            log_u = bounded;
-                            const V valid_u = take ? u : V{};
-                            ratios += valid_u;
-                            ratio_max = valid_u > ratio_max ? valid_u : ratio_max;
-                            log_ratios += take ? bounded : V{};
-                            counted -= take;
-                            highs -= take & term.high;
-                            lows -= take & term.low;
-                            duals -= take & term.dual;
-                            return take ? term.factor : V{};
-                          };
+    Sums sums;
     const bool keep = p.per_objective;
-    const auto remember = [&](int k, V factor, V log_u) {
+    const auto put = [&](int k, const Step& done, size_t bytes) {
+      memcpy(gradient + k, &done.slope, bytes);
       if (!keep) return;
-      memcpy(factor_scratch + k, &factor, sizeof factor);
-      memcpy(log_ratio_scratch + k, &log_u, sizeof log_u);
+      memcpy(factor_scratch + k, &done.factor, sizeof(V));
+      memcpy(held_scratch + k, &done.held, sizeof(V));
     };
-    V slope, log_u;
     int k = 0;
-    for (; k + kLanes <= count; k += kLanes) {
-      const V factor = step(part_of(log_probs + k), part_of(old + k), part_of(advantages + k), part_of(ref + k),
-                            this->mask_at(k), slope, log_u);
-      memcpy(gradient + k, &slope, sizeof slope);
-      remember(k, factor, log_u);
-    }
-    if (k < count) {
-      const int rest = count - k;
-      const V factor = step(part_of(log_probs + k, rest), part_of(old + k, rest), part_of(advantages + k, rest),
-                            part_of(ref + k, rest), this->mask_at(k), slope, log_u);
-      memcpy(gradient + k, &slope, rest * sizeof(C));
-      remember(k, factor, log_u);
-    }
-    lanes.spill(total, ratios, log_ratios, kls, ratio_max, counted, highs, lows, duals);
+    for (; k + kLanes <= count; k += kLanes)
+      put(k,
+          step<kReference, kTruncated>(part_of(log_probs + k), part_of(old + k), part_of(advantages + k),
+                                       part_of(ref + k), this->mask_at(k), sums),
+          sizeof(V));
+    if (const int rest = count - k)
+      put(k,
+          step<kReference, kTruncated>(part_of(log_probs + k, rest), part_of(old + k, rest),
+                                       part_of(advantages + k, rest), part_of(ref + k, rest), this->mask_at(k), sums),
+          rest * sizeof(C));
+    lanes.spill(sums.loss, sums.ratio, sums.log_ratio, sums.kl, sums.ratio_max, sums.tokens, sums.high, sums.low,
+                sums.dual);
     loss += lanes.sum(0);
     to.ratio += lanes.sum(1);
     to.log_ratio += lanes.sum(2);
@@ -164,10 +166,10 @@ class PolicyKernel : LossTile<C> {
       M clipped{};
       for (int k = 0; k < count; k += kLanes) {
         const V a = k + kLanes <= count ? part_of(advantage[i] + k) : part_of(advantage[i] + k, count - k);
-        const V log_ratio = part_of(log_ratio_scratch + k), part = a * part_of(factor_scratch + k);
-        const M beyond = p.truncated ? (a != zero) & (log_ratio > zero + bounds.log_max)
-                                     : ((a > zero) & (log_ratio > zero + bounds.log_high)) |
-                                           ((a < zero) & (log_ratio < zero + bounds.log_low));
+        const V held = part_of(held_scratch + k), part = a * part_of(factor_scratch + k);
+        const M beyond = p.truncated ? (a != zero) & (held > zero + bounds.log_max)
+                                     : ((a > zero) & (held > zero + bounds.log_high)) |
+                                           ((a < zero) & (held < zero + bounds.log_low));
         clipped -= this->mask_at(k) & beyond;
         share += this->mask_at(k) ? (part < zero ? -part : part) : zero;
       }
@@ -189,7 +191,7 @@ class PolicyKernel : LossTile<C> {
 
   static constexpr int kElements = 8192;
   alignas(64) C log_prob_scratch[kTokens], old_scratch[kTokens], ref_scratch[kTokens], gradient_scratch[kTokens];
-  alignas(64) C combined_scratch[kTokens], factor_scratch[kTokens], log_ratio_scratch[kTokens];
+  alignas(64) C combined_scratch[kTokens], factor_scratch[kTokens], held_scratch[kTokens];
   alignas(64) C advantage_scratch[kElements];
 };
 
