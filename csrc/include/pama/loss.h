@@ -39,7 +39,7 @@ struct LossParams {
 
   // What the sum of a row with `count` valid tokens counts for.
   PAMA_HD double row_scale(int64_t count) const {
-    return row_scales() && count > 0 ? 1.0 / static_cast<double>(count) : count > 0 ? 1.0 : 0.0;
+    return row_scales() && count > 0 ? 1.0 / static_cast<double>(count) : 1.0;
   }
 
   // The factor of the whole sum; 0 if there is nothing to divide by.
