@@ -111,8 +111,8 @@ def policy_loss(
             rows with a valid token), "seq-mean-token-mean" (the sum of each row's mean / rows with a valid token).
         normalizer: what the sum is divided by instead: a number >= 0, or a tensor of one element, floating or of 32 or
             64 bit integers, on the device of ``log_probs``. For gradient accumulation the tokens (rows) of all
-            micro-batches; where ranks average their gradients, those of all ranks divided by their number. 0: so
-            is the loss. None: as ``aggregate`` says; 1 for "token-sum".
+            micro-batches; where ranks average their gradients, those of all ranks divided by their number. 0 gives
+            a loss of 0. None: as ``aggregate`` says; 1 for "token-sum".
         objective_advantages: instead of ``advantages``, those of N objectives, for metrics of each: ``[B, T, N]`` or
             ``[B, N]``, or a sequence or dict of N tensors ``[B, T]`` or ``[B]``, N from 1 to 64. A is their sum by
             ``weights``; with those that :func:`pama_ext.combine_` leaves, weights of 1 make it PAMA's combination.
@@ -224,9 +224,7 @@ class _Kept(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         gradient, scale = ctx.saved_tensors
         # What nobody can ask for again is scaled where it stands.
-        result = _C.scale(
-            gradient, incoming, scale, ctx.row_dim, not torch._C._autograd._get_current_graph_task_keep_graph()
-        )
+        result = _C.scale(gradient, incoming, scale, ctx.row_dim, not _graph_is_retained())
         if result is None:  # not plain tensors: hooks on saved tensors, a mode, a subclass
             result = _ops.scaled(gradient, incoming, scale, ctx.row_dim, scale.shape[0] > 1)
         gradients = (result,) if ctx.row_dim == 0 else result.unbind(0)
@@ -234,6 +232,7 @@ class _Kept(torch.autograd.Function):
 
 
 _kept: Any = _Kept.apply
+_graph_is_retained: Any = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 _unpack_dual: Any = forward_ad.unpack_dual
 
 
