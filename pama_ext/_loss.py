@@ -23,7 +23,7 @@ class PolicyMetrics(NamedTuple):
     Attributes:
         clip_fraction: share of tokens at which the clip holds the surrogate: A > 0 and u > 1 + clip_high, or A < 0 and
             u < 1 - clip_low; with ``max_weight``, u > max_weight.
-        clip_fraction_low: of these, the share with A < 0; with ``max_weight`` 0.
+        clip_fraction_low: the part of ``clip_fraction`` with A < 0; 0 with ``max_weight``.
         clip_fraction_dual: share of tokens with A < 0 and u > ``dual_clip``.
         approx_kl: mean of old_log_probs - log_probs, clamped to +-20. (Schulman's k3 estimate of the same is
             ``ratio_mean - 1 + approx_kl``.)

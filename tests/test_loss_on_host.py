@@ -211,6 +211,22 @@ def test_scaling(value, sizes, dtype):
         assert_same_bits(out, in_place)
 
 
+def test_what_halves_do_not_hold(policy, value):
+    """A kept derivative is held at the largest number; a 0 stays 0, whatever it is multiplied by."""
+    high, zero = torch.full((1, 8), 12.0).half(), torch.zeros(1, 8).half()
+    _, gradient, *_ = run_policy(policy, log_probs=high, old_log_probs=zero, advantages=-torch.ones(1, 8).half())
+    assert (gradient == 65504).all()
+    heads = {"values": zero.unsqueeze(-1), "old_values": zero.unsqueeze(-1), "returns": torch.ones(1, 8, 1).half()}
+    kept = run_value(value, **heads)[1].view(1, 1, 8).clone()
+    kept[0, 0, ::2] = 0
+    one, infinite, out = torch.ones(1), torch.full((), torch.inf), torch.full_like(kept, torch.nan)
+    library = value.scale_on_host
+    library.restype = ctypes.c_char_p
+    assert library(pointer(kept), pointer(infinite), pointer(one), ctypes.c_int64(1), (ctypes.c_int64 * 3)(1, 1, 8),
+                   DTYPES.index(torch.float16), False, pointer(out)) is None  # fmt: skip
+    assert out.flatten().tolist() == [0.0, -math.inf] * 4
+
+
 def test_small_divergences_keep_their_digits(policy):
     for dtype in (torch.float32, torch.float64):
         for d in (1e-5, 1e-3, 0.3, -0.34, 0.36, -2.0):

@@ -1,4 +1,4 @@
-// exp on SIMD vectors, within one unit in the last place. Included once per instruction set.
+// exp on SIMD vectors, to a relative error below 1.5 epsilon. Included once per instruction set.
 #pragma once
 
 #include "tile.h"
