@@ -25,6 +25,7 @@ class Kernel : Observer<C> {
   using Observer<C>::kLanes;
   using Observer<C>::lanes;
   using Observer<C>::normalizer;
+  using Observer<C>::only;
   using Observer<C>::p;
   using Observer<C>::propagate;
   using Observer<C>::scale;
@@ -107,40 +108,50 @@ class Kernel : Observer<C> {
     });
   }
 
-  // The combination of the tokens [first, last) under fixed weights[n].
+  // The combination of the tokens [first, last) under fixed weights[n]; objectives of weight 0 are not even read.
   template <class S>
   void weigh(int64_t first, int64_t last, const double* weights) {
     const bool mark = p.marks();
-    int wanted = 0;
-    for (int i = 0; i < p.n; ++i) wanted += mark || weights[i] != 0.0;
-    const bool together = adjacent && !p.sums && wanted > 2;  // then in one walk over memory
+    int wanted[kMaxObjectives], many = 0;
+    for (int i = 0; i < p.n; ++i)
+      if (mark || weights[i] != 0.0) wanted[many++] = i;
+    const bool together = adjacent && !p.sums && many > 2;  // then in one walk over memory
     tiles(first, last, [&](int64_t t, int count) {
       load_valid(p, t, count, tile);
-      fill(tile.out, 0, count + kLanes - 1, C{0});
       if (together) load_objectives<S>(p, p.advantages, true, t, count, tile.x, stride);
-      if (mark) fill(tile.taken, 0, count + kLanes - 1, 0);
-      for (int i = 0; i < p.n; ++i) {
-        const C weight = static_cast<C>(weights[i]);
-        const bool reads = weight != 0 || mark;  // weight 0: not even read
-        C* x = tile.x + (together ? i * stride : 0);
-        if (reads && !together) load_objective<S>(i, t, count, x);
-        if (reads && normalizer.active()) normalizer.apply(i, t, count, x, x);
-        for (int k = 0; k < count; k += kLanes) {
-          V share{};
-          if (reads) {
-            const V raw = vec(x + k), advantage = noon(raw, all(floor)) * scale[i];
-            const M take = vec(tile.valid + k) & (finite(raw) | propagate);
-            if (mark) vec(tile.taken + k) |= take;
-            if (weight != 0) share = take ? all(weight) * advantage : V{};
-            vec(tile.out + k) += share;
-          }
-          if (p.in_place) vec(x + k) = share;
-        }
-        if (p.in_place) store_plane<S>(p, p.advantages[i], t, count, x);
+      for (int j = 0; j < many; ++j) {
+        const int i = wanted[j];
+        C* x = tile.x + i * stride;
+        if (!together) load_objective<S>(i, t, count, x);
+        if (normalizer.active()) normalizer.apply(i, t, count, x, x);
       }
-      if (mark)
-        for (int k = 0; k < count; k += kLanes) vec(tile.out + k) = marked<S>(vec(tile.out + k), vec(tile.taken + k));
-      if (!p.in_place) store_plane<S>(p, p.out, t, count, tile.out);
+      for (int k = 0; k < count; k += kLanes) {
+        const M valid = vec(tile.valid + k);
+        V combined{};
+        M any{};
+        for (int j = 0; j < many; ++j) {
+          const int i = wanted[j];
+          const C weight = static_cast<C>(weights[i]);
+          V& x = vec(tile.x + i * stride + k);
+          const V advantage = larger(all(floor), x) * scale[i];
+          const M take = valid & (finite(x) | propagate);
+          const V share = weight != 0 ? only(take, weight * advantage) : V{};
+          any |= take;
+          combined += share;
+          if (p.in_place) x = share;
+        }
+        vec(tile.out + k) = mark ? marked<S>(combined, any) : combined;
+      }
+      if (!p.in_place) return store_plane<S>(p, p.out, t, count, tile.out);
+      for (int i = 0, j = 0; i < p.n; ++i) {
+        C* x = tile.x + i * stride;
+        if (j < many && wanted[j] == i) {
+          ++j;
+        } else {
+          fill(x, 0, count, C{0});
+        }
+        store_plane<S>(p, p.advantages[i], t, count, x);
+      }
     });
   }
 
@@ -179,8 +190,9 @@ class Kernel : Observer<C> {
 
   template <class S>
   void tokens_tile(int64_t t, int count, Moments* moments, TokenShares& shares) {
-    for (int i = 0; i < p.n; ++i) this->template observe<true>(i, t, count, moments[i]);
-    solve_tokens<S>(t, count, shares);
+    bool plain = p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token;
+    for (int i = 0; i < p.n; ++i) plain &= this->template observe<true>(i, t, count, moments[i]);
+    plain ? solve_plain_tokens<S>(count, shares) : solve_tokens<S>(t, count, shares);
     if (p.in_place) {
       for (int i = 0; i < p.n; ++i) store_plane<S>(p, p.advantages[i], t, count, tile.x + i * stride);
     } else {
@@ -193,6 +205,22 @@ class Kernel : Observer<C> {
     load_valid(p, t, count, tile);
     load_gates(p, t, count, tile);
     load_all<S>(t, count);
+    look_ahead<S>(t, count);
+  }
+
+  // Where the next tile stands, as if it followed without a gap; addresses beyond the tensor do no harm.
+  template <class S>
+  void look_ahead(int64_t t, int count) {
+    const int64_t row = p.rows == 1 ? 0 : t / p.cols, col = t - row * p.cols;
+    auto follow = [&](const Plane& q, int size, int64_t tokens) {
+      return Ahead{q.data + (q.row * row + q.col * col + tokens) * size, kLanes * size};
+    };
+    for (int i = 0; i < p.n; ++i) {
+      const Plane& q = p.advantages[adjacent ? 0 : i];
+      tile.ahead[i] = follow(q, sizeof(S), adjacent ? static_cast<int64_t>(count) * (p.n + i) : count * q.col);
+    }
+    tile.beside[0] = follow(p.log_ratio, size_of(p.log_ratio_dtype), count * p.log_ratio.col);
+    tile.beside[1] = follow(p.mask, size_of(p.mask_dtype), count * p.mask.col);
   }
 
   template <class S>
@@ -240,25 +268,65 @@ class Kernel : Observer<C> {
     }
     lanes.spill(used_count);
     gram[p.n * p.n] += static_cast<double>(lanes.count(0));
-    for (int i = 0; i < p.n; ++i) {
+    int i = 0;
+    for (; i + 2 <= p.n; i += 2) {
       int j = i;
-      for (; j + 4 <= p.n; j += 4) add_products<4>(i, j, count, gram);
-      for (; j < p.n; ++j) add_products<1>(i, j, count, gram);
+      for (; j + 4 <= p.n; j += 4) add_products<2, 4>(i, j, count, gram);
+      for (; j < p.n; ++j) add_products<2, 1>(i, j, count, gram);
     }
+    if (i < p.n) add_products<1, 1>(i, i, count, gram);
   }
 
-  // Of objective i with kMany from j on: side by side, as one sum alone would wait for its own additions.
-  template <int kMany>
+  // Of the objectives from i on with those from j on, several at once: one sum alone would wait for its own additions,
+  // and what is read serves several sums.
+  template <int kRows, int kColumns>
   void add_products(int i, int j, int count, double* gram) {
-    V products[kMany] = {};
+    V products[kRows][kColumns] = {};
     for (int k = 0; k < count; k += kLanes) {
-      const V own = vec(tile.x + i * stride + k);
-      for (int m = 0; m < kMany; ++m) products[m] += own * vec(tile.x + (j + m) * stride + k);
+      V column[kColumns];
+      for (int c = 0; c < kColumns; ++c) column[c] = vec(tile.x + (j + c) * stride + k);
+      for (int r = 0; r < kRows; ++r)
+        for (int c = 0; c < kColumns; ++c) products[r][c] += vec(tile.x + (i + r) * stride + k) * column[c];
     }
-    for (int m = 0; m < kMany; ++m) {
-      lanes.spill(products[m]);
-      gram[i * p.n + j + m] += lanes.sum(0);
+    for (int r = 0; r < kRows; ++r)
+      for (int c = 0; c < kColumns; ++c) {
+        lanes.spill(products[r][c]);
+        if (i + r <= j + c) gram[(i + r) * p.n + j + c] += lanes.sum();
+      }
+  }
+
+  // Theorem 1 where no a_i is negative, or missing at a valid token: s* is the smallest.
+  template <class S>
+  void solve_plain_tokens(int count, TokenShares& shares) {
+    V share_sum[kMaxObjectives] = {};
+    V value_sum{};
+    for (int k = 0; k < count; k += kLanes) {
+      const M valid = vec(tile.valid + k), not_above = vec(tile.not_above + k);
+      V low = all(kInf), at_low{}, combined{};
+      for (int i = 0; i < p.n; ++i) low = smaller(only(not_above, vec(tile.x + i * stride + k)), low);
+      for (int i = 0; i < p.n; ++i) at_low += only(not_above, vec(tile.x + i * stride + k)) == low ? all(1) : V{};
+      const V share = only(valid, 1 / at_low);
+      for (int i = 0; i < p.n; ++i) {
+        V& advantage = vec(tile.x + i * stride + k);
+        const V c = only(not_above, advantage) == low ? share : V{}, contribution = c * advantage;
+        share_sum[i] += c;
+        combined += contribution;
+        if (p.in_place) advantage = contribution;
+      }
+      vec(tile.out + k) = p.marks() ? marked<S>(combined, valid) : combined;
+      value_sum += only(valid, low);
     }
+    add_shares(share_sum, value_sum, shares);
+    shares.used += tile.valid_count;
+  }
+
+  void add_shares(const V* share_sum, V value_sum, TokenShares& shares) {
+    for (int i = 0; i < p.n; ++i) {
+      lanes.spill(share_sum[i]);
+      shares.weights[i] += lanes.sum();
+    }
+    lanes.spill(value_sum);
+    shares.value += lanes.sum();
   }
 
   // Theorem 1 for kLanes tokens at a time; `x` holds A_i on entry and, in place, c_i A_i on return.
@@ -322,13 +390,9 @@ class Kernel : Observer<C> {
         for (int l = 0; l < smaller(kLanes, count - k); ++l) values[p.row_at(first + k + l)] = value[l];
       }
     }
-    for (int i = 0; i < p.n; ++i) {
-      lanes.spill(share_sum[i]);
-      shares.weights[i] += lanes.sum();
-    }
-    lanes.spill(value_sum, used_count);
-    shares.value += lanes.sum(0);
-    shares.used += lanes.count(1);
+    add_shares(share_sum, value_sum, shares);
+    lanes.spill(used_count);
+    shares.used += lanes.count(0);
   }
 
   void write_weights(int64_t token, int m, int i, V c, M used) const {

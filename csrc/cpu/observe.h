@@ -26,6 +26,8 @@ class Observer {
   static M& vec(I* x) { return *reinterpret_cast<M*>(x); }
   static V all(C x) { return V{} + x; }
   static M finite(V x) { return (x - x) == V{}; }
+  static V only(M mask, V x) { return (V)((M)x & mask); }    // x where the mask is set, else 0
+  static M not_zero(V x) { return smaller((M)x, M{} + 1); }  // 1 where x is, of those that are not negative
 
   explicit Observer(const CombineParams& params)
       : p(params),
@@ -39,30 +41,26 @@ class Observer {
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
 
   // Statistics of objective i over the tile, merged into `m`. kKeep: leaves A_i in x and, in `taken`, who takes part.
+  // Returns whether all that is plain: Noon, a positive scale, and a finite number for every valid token.
   //
   // One pass around a centre near the mean: the sum of the deviations then corrects both moments. The centre is the
   // mean of what came before; how far this tile's mean lies from it is itself spread that the merged m2 contains, so
   // what cancels is small against the result. The first tile has no before and looks once more.
   template <bool kKeep>
-  void observe(int i, int64_t first, int count, Moments& m) {
+  bool observe(int i, int64_t first, int count, Moments& m) {
     C* x = tile.x + i * stride;
-    if (normalizer.active()) {
-      normalizer.apply(i, first, count, x, tile.normal);
-      observe<kKeep, true>(i, x, count, m);
-    } else {
-      observe<kKeep, false>(i, x, count, m);
-    }
+    if (!normalizer.active()) return observe<kKeep, false>(i, x, count, m);
+    normalizer.apply(i, first, count, x, tile.normal);
+    return observe<kKeep, true>(i, x, count, m);
   }
 
  private:
   // kNormal: what goes on from here is tile.normal; else it is x itself.
   template <bool kKeep, bool kNormal>
-  void observe(int i, C* x, int count, Moments& m) {
-    if (!kKeep && !p.mask.data && !p.log_ratio.data && count % kLanes == 0 && scale[i] == 1 &&
-        observe_whole<kNormal>(x, count, m))
-      return;
+  bool observe(int i, C* x, int count, Moments& m) {
+    const C centre = centre_of(4 * m.count >= count ? m.mean : mean(x, count));
+    if (p.noon && scale[i] > 0 && observe_plain<kKeep, kNormal>(i, x, count, centre, m)) return true;
     I* taken = tile.taken + i * stride;
-    const C centre = centre_of(m.count >= count ? m.mean : mean(x, count));
 
     V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
     M counted{}, nonfinite{}, positive{}, nonzero{}, clipped{};
@@ -100,39 +98,54 @@ class Observer {
     here.nonzero = lanes.count(8);
     here.clipped = lanes.count(9);
     conclude(here, centre, m);
+    return false;
   }
 
-  // The same where all entries are valid, finite and active: false, with nothing done, if one is not finite.
-  template <bool kNormal>
-  bool observe_whole(const C* x, int count, Moments& m) {
-    V total{};
-    if (m.count < count)
-      for (int k = 0; k < count; k += kLanes) total += vec(x + k);
-    lanes.spill(total);
-    const C centre = centre_of(m.count >= count ? m.mean : lanes.sum(0) / count);
-
-    V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
-    M positive{}, nonzero{};
-    for (int k = 0; k < count; k += kLanes) {
-      const V entry = vec(x + k), d = entry - centre;
+  // The same under Noon, where all valid entries are finite: false, with nothing done, if one is not. Comparisons are
+  // what takes the time above: here a maximum, a bitwise and or an unsigned minimum does their work.
+  template <bool kKeep, bool kNormal>
+  bool observe_plain(int i, C* x, int count, C centre, Moments& m) {
+    if (kKeep && !finite_sum(x, count)) return false;
+    V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf), undefined{};
+    M nonzero{}, open{};
+    const V factor = all(scale[i]);
+    Ahead ahead = tile.ahead[i], beside = i < 2 ? tile.beside[i] : ahead;
+    for (int k = 0; k < count; k += kLanes, ahead.at += ahead.step, beside.at += beside.step) {
+      __builtin_prefetch(ahead.at);
+      __builtin_prefetch(beside.at);
+      const Where<V, M> valid(vec(tile.valid + k));
+      const V entry = vec(x + k), d = valid.only(entry - centre);
       deviation += d;
       squares += d * d;
-      low = entry < low ? entry : low;
-      high = entry > high ? entry : high;
-      const V processed = kNormal ? vec(tile.normal + k) : entry, positive_part = noon(processed, all(floor));
-      positive -= processed > V{};
-      nonzero -= positive_part != V{};
-      active += positive_part;
+      low = valid.lower(entry, low);
+      high = valid.higher(entry, high);
+      const V processed = valid.only(kNormal ? vec(tile.normal + k) : entry);
+      if (kNormal) undefined += processed * 0;
+      const V positive = larger(processed, V{}), advantage = positive * factor;
+      const V gated = only(vec(tile.not_above + k), advantage);
+      active += gated;
+      nonzero += not_zero(positive);
+      open += not_zero(gated);
+      if (kKeep) vec(x + k) = advantage;
     }
+    lanes.spill(deviation, squares, low, high, active, undefined, nonzero, open);
+    const double wrong = lanes.sum(0) + lanes.sum(5);
+    if (!(wrong - wrong == 0)) return false;
     Moments here = Moments::empty();
-    lanes.spill(deviation, squares, low, high, active, positive, nonzero);
-    const double drift = lanes.sum(0);
-    if (!(drift - drift == 0.0)) return false;
-    here.count = count;
-    here.positive = lanes.count(5);
-    here.nonzero = lanes.count(6);
+    here.count = tile.valid_count;
+    here.positive = here.nonzero = lanes.count(6);
+    here.clipped = here.nonzero - lanes.count(7);
     conclude(here, centre, m);
+    if (kKeep) memcpy(tile.taken + i * stride, tile.valid, (count + kLanes - 1) / kLanes * sizeof(M));
     return true;
+  }
+
+  bool finite_sum(const C* x, int count) {
+    V total{};
+    for (int k = 0; k < count; k += kLanes) total += only(vec(tile.valid + k), vec(x + k));
+    lanes.spill(total);
+    const double sum = lanes.sum(0);
+    return sum - sum == 0;
   }
 
   static C centre_of(double mean) {

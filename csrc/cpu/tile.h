@@ -9,18 +9,10 @@
 #include <utility>
 
 #include "pama/combine.h"
+#include "simd.h"
 
 namespace pama {
 namespace PAMA_ISA {
-
-// SIMD vectors of the instruction set this file is compiled for, as GCC and Clang spell them: lanes of C, masks of I.
-template <class C>
-struct Simd {
-  static constexpr int lanes = PAMA_VECTOR_BYTES / static_cast<int>(sizeof(C));
-  using I = std::conditional_t<sizeof(C) == 4, int32_t, int64_t>;
-  typedef C V __attribute__((vector_size(PAMA_VECTOR_BYTES), may_alias));
-  typedef I M __attribute__((vector_size(PAMA_VECTOR_BYTES), may_alias));
-};
 
 // Templates of the standard library are kept out of these files: the linker merges their copies, and might keep one
 // compiled for instructions that the machine does not have.
@@ -28,29 +20,41 @@ template <class T, class U>
 inline void fill(T* x, int first, int last, U value) {
   for (int k = first; k < last; ++k) x[k] = value;
 }
-template <class T>
-inline T smaller(T a, T b) {
-  return b < a ? b : a;
-}
 
-constexpr int kTileBytes = 32 * 1024;  // one tile of one array stays in the first-level cache
-constexpr int kTileTokens = 1024;
+// A tile of one array stays in the first-level cache, but of many objectives it is not so short that what there is to
+// do once for each tile and objective would count.
+constexpr int kTileBytes = 32 * 1024, kTileTokens = 1040, kShortestBytes = 2048;
+
+struct Ahead {
+  const char* at;
+  int step;  // bytes a vector
+};
 
 // Objective i, token t of the tile stands at [i * stride + t]. Entries beyond the tile's last token are not valid.
 template <class C>
 struct Tile {
   using I = typename Simd<C>::I;
-  static constexpr int kElements = kTileBytes / static_cast<int>(sizeof(C));
+  static constexpr int kShortest = kShortestBytes / static_cast<int>(sizeof(C));
+  static constexpr int kElements = kShortest * kMaxObjectives;
 
   alignas(64) C x[kElements];
   alignas(64) I taken[kElements];
   alignas(64) I valid[kTileTokens];
+  int valid_count;
   alignas(64) I not_above[kTileTokens];  // log_ratio <= log(1 + clip_high)
   alignas(64) I not_below[kTileTokens];  // log_ratio >= log(1 - clip_low)
   alignas(64) C out[kTileTokens + 16];
   alignas(64) C normal[kTileTokens];  // one objective, normalised
+  // What to prefetch while objective i is worked on: its share of the next tile; beside the first, the gates and the
+  // mask.
+  Ahead ahead[kMaxObjectives], beside[2];
 
-  static int stride_for(int n) { return smaller(kTileTokens, kElements / n / 16 * 16); }
+  // An odd number of cache lines of floats, so that the objectives of a token do not compete for one place in the
+  // cache.
+  static int stride_for(int n) {
+    const int fits = kTileBytes / static_cast<int>(sizeof(C)) / n;
+    return (((smaller(kTileTokens, larger(fits, kShortest))) / 16 - 1) | 1) * 16;
+  }
 };
 
 // Calls f(row, col, done, m) for each run of m tokens, within one row, of the tokens [first, first + count).
@@ -141,30 +145,54 @@ inline auto every(const typename Simd<C>::V* rows, std::integer_sequence<int, kP
   return found;
 }
 
-// Objectives last and adjacent: all of them in one walk over memory. N = 0: any number.
-template <int N, class S, class C>
-void deinterleave(const S* __restrict src, int m, int n, C* __restrict dst, int stride) {
-  if constexpr (N > 1 && std::is_same_v<S, C>) {
-    using V = typename Simd<C>::V;
-    constexpr int lanes = Simd<C>::lanes;
-    int k = 0;
-    for (; k + lanes <= m; k += lanes) {
-      V rows[N];
-      memcpy(rows, src + k * N, sizeof rows);
-      [&]<int... kObjective>(std::integer_sequence<int, kObjective...>) {
-        auto store = [&](int i, V x) { memcpy(dst + i * stride + k, &x, sizeof x); };
-        (store(kObjective, every<N, kObjective, C>(rows, Places<C>())), ...);
-      }(std::make_integer_sequence<int, N>());
-    }
-    for (; k < m; ++k)
-      for (int i = 0; i < N; ++i) dst[i * stride + k] = src[k * N + i];
-  } else if constexpr (N > 0) {
-    for (int k = 0; k < m; ++k)
-      for (int i = 0; i < N; ++i) dst[i * stride + k] = Storage<S>::load(src[k * N + i]);
+constexpr int smallest_factor(int n) {
+  for (int q = 2; q * q <= n; ++q)
+    if (n % q == 0) return q;
+  return n;
+}
+
+// Of N vectors in which N objectives take turns, one vector to each objective: f(objective, vector). One prime factor
+// of N after the other, as that needs fewer shuffles: 5 a vector instead of 9 at N = 10, 4 instead of 15 at N = 16.
+template <int N, class C, class F>
+inline __attribute__((always_inline)) void part(const typename Simd<C>::V* rows, F f) {
+  if constexpr (N == 1) {
+    f(0, rows[0]);
   } else {
-    for (int i = 0; i < n; ++i)
-      for (int k = 0; k < m; ++k) dst[i * stride + k] = Storage<S>::load(src[k * n + i]);
+    constexpr int q = smallest_factor(N);
+    [&]<int... kResidue>(std::integer_sequence<int, kResidue...>) {
+      (
+          [&] {
+            typename Simd<C>::V own[N / q];
+#pragma GCC unroll 8
+            for (int g = 0; g < N / q; ++g) own[g] = every<q, kResidue, C>(rows + g * q, Places<C>());
+            part<N / q, C>(own, [&](int i, typename Simd<C>::V x) { f(i * q + kResidue, x); });
+          }(),
+          ...);
+    }(std::make_integer_sequence<int, q>());
   }
+}
+
+// Objectives last and adjacent: N of them, in one walk over memory in which a token takes `step` elements.
+template <int N, class S, class C>
+void deinterleave(const S* __restrict src, int64_t step, int m, C* __restrict dst, int stride) {
+  using V = typename Simd<C>::V;
+  constexpr int lanes = Simd<C>::lanes;
+  int k = 0;
+  if constexpr (N > 1) {
+    for (; k + lanes <= m; k += lanes) {
+      alignas(V) C flat[N * lanes];
+      V rows[N];
+      if (step == N) {
+        load_run<1>(src + k * step, 1, N * lanes, flat);
+      } else {
+        for (int l = 0; l < lanes; ++l) load_run<1>(src + (k + l) * step, 1, N, flat + l * N);
+      }
+      memcpy(rows, flat, sizeof rows);
+      part<N, C>(rows, [&](int i, V x) { memcpy(dst + i * stride + k, &x, sizeof x); });
+    }
+  }
+  for (; k < m; ++k)
+    for (int i = 0; i < N; ++i) dst[i * stride + k] = Storage<S>::load(src[k * step + i]);
 }
 
 // Whether the objectives of a token stand side by side.
@@ -188,35 +216,56 @@ void load_objectives(const Params& p, const Plane* planes, bool adjacent, int64_
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
     const S* src = at<const S>(planes[0], row, col);
     C* to = dst + done;
-    switch (p.n) {
-      case 2: return deinterleave<2>(src, m, 2, to, stride);
-      case 3: return deinterleave<3>(src, m, 3, to, stride);
-      case 4: return deinterleave<4>(src, m, 4, to, stride);
-      case 5: return deinterleave<5>(src, m, 5, to, stride);
-      case 6: return deinterleave<6>(src, m, 6, to, stride);
-      case 8: return deinterleave<8>(src, m, 8, to, stride);
-      case 10: return deinterleave<10>(src, m, 10, to, stride);
-      default: return deinterleave<0>(src, m, p.n, to, stride);
+    // Up to 16 at once; of more, 16 at a time, the last of them together with some of those before.
+    [&]<int... kN>(std::integer_sequence<int, kN...>) {
+      ((p.n == kN + 2 && (deinterleave<kN + 2>(src, p.n, m, to, stride), true)) || ...);
+    }(std::make_integer_sequence<int, 15>());
+    for (int i = 0; p.n > 16 && i < p.n; i += 16) {
+      const int from = smaller(i, p.n - 16);
+      deinterleave<16>(src + from, p.n, m, to + from * stride, stride);
     }
   });
 }
 
+// Returns how many are set.
 template <class U, class I, class Params>
-void load_mask_as(const Params& p, int64_t first, int count, U significant, I* valid) {
+int load_mask_as(const Params& p, int64_t first, int count, U significant, I* valid) {
+  int set = 0;
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
     const U* __restrict src = at<const U>(p.mask, row, col);
     I* __restrict to = valid + done;
-    if (p.mask.col == 1) {
-      for (int k = 0; k < m; ++k) to[k] = (src[k] & significant) ? -1 : 0;
-    } else {
-      for (int k = 0; k < m; ++k) to[k] = (src[k * p.mask.col] & significant) ? -1 : 0;
+    const int64_t step = p.mask.col;
+    int k = 0;
+    if constexpr (sizeof(U) < sizeof(I)) {  // the usual case, without comparing: minus the smaller of the bits and 1
+      using M = typename Simd<std::conditional_t<sizeof(I) == 4, float, double>>::M;
+      constexpr int lanes = sizeof(M) / sizeof(I);
+      M counted{};
+      if (step == 1)
+        for (int l = 0; l < m; ++l) to[l] = src[l] & significant;
+      for (; step == 1 && k + lanes <= m; k += lanes) {
+        M one;
+        memcpy(&one, to + k, sizeof one);
+        one = smaller(one, M{} + 1);
+        counted += one;
+        one = -one;
+        memcpy(to + k, &one, sizeof one);
+      }
+      I each[lanes];
+      memcpy(each, &counted, sizeof each);
+      asm volatile("" : : "r"(each) : "memory");  // for the reason told in lanes.h
+      for (I one : each) set += static_cast<int>(one);
+    }
+    for (; k < m; ++k) {
+      to[k] = (src[k * step] & significant) ? -1 : 0;
+      set -= static_cast<int>(to[k]);
     }
   });
+  return set;
 }
 
-// The mask as it is (see is_set): -1 where valid, else 0.
+// The mask as it is (see is_set): -1 where valid, else 0. Returns how many are.
 template <class I, class Params>
-void load_mask(const Params& p, int64_t first, int count, I* valid) {
+int load_mask(const Params& p, int64_t first, int count, I* valid) {
   const bool sign = is_float(p.mask_dtype);
   switch (size_of(p.mask_dtype)) {
     case 1: return load_mask_as<uint8_t>(p, first, count, 0xff, valid);
@@ -230,9 +279,10 @@ template <class C>
 void load_valid(const CombineParams& p, int64_t first, int count, Tile<C>& tile) {
   constexpr int lanes = Simd<C>::lanes;
   if (p.mask.data) {
-    load_mask(p, first, count, tile.valid);
+    tile.valid_count = load_mask(p, first, count, tile.valid);
   } else {
     fill(tile.valid, 0, count, -1);
+    tile.valid_count = count;
   }
   fill(tile.valid, count, (count + lanes - 1) / lanes * lanes, 0);
 }
