@@ -298,20 +298,21 @@ class Kernel : Observer<C> {
   // Theorem 1 where no a_i is negative, or missing at a valid token: s* is the smallest.
   template <class S>
   void solve_plain_tokens(int count, TokenShares& shares) {
-    V share_sum[kMaxObjectives] = {};
-    V value_sum{};
+    V share_sum[kMaxObjectives], value_sum{};
+    for (int i = 0; i < p.n; ++i) share_sum[i] = V{};
     for (int k = 0; k < count; k += kLanes) {
       const M valid = vec(tile.valid + k), not_above = vec(tile.not_above + k);
       V low = all(kInf), at_low{}, combined{};
-      for (int i = 0; i < p.n; ++i) low = smaller(only(not_above, vec(tile.x + i * stride + k)), low);
-      for (int i = 0; i < p.n; ++i) at_low += only(not_above, vec(tile.x + i * stride + k)) == low ? all(1) : V{};
+      C *const x = tile.x + k, *const end = x + p.n * stride;
+      for (C* a = x; a < end; a += stride) low = smaller(only(not_above, vec(a)), low);
+      for (C* a = x; a < end; a += stride) at_low += only(not_above, vec(a)) == low ? all(1) : V{};
       const V share = only(valid, 1 / at_low);
-      for (int i = 0; i < p.n; ++i) {
-        V& advantage = vec(tile.x + i * stride + k);
-        const V c = only(not_above, advantage) == low ? share : V{}, contribution = c * advantage;
-        share_sum[i] += c;
-        combined += contribution;
-        if (p.in_place) advantage = contribution;
+      V* sum = share_sum;
+      for (C* a = x; a < end; a += stride, ++sum) {
+        const V c = only(not_above, vec(a)) == low ? share : V{};
+        *sum += c;
+        vec(a) *= c;
+        combined += vec(a);
       }
       vec(tile.out + k) = p.marks() ? marked<S>(combined, valid) : combined;
       value_sum += only(valid, low);
