@@ -37,7 +37,9 @@ def build(folder: Path, cuda: Path) -> Callable[..., int]:
     command += [str(ROOT / "tests/cuda_on_host/combine_on_host.cpp")]
     command += [str(ROOT / f"csrc/{name}.cpp") for name in ("combine_plan", "normalize")]
     subprocess.run([*command, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).combine_on_host
+    loaded = ctypes.CDLL(str(library))
+    loaded.combine_on_host.use_device = loaded.use_device
+    return loaded.combine_on_host
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +48,17 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
 
 
 def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_form", noon=True, nan="ignore",
-        skip_inactive=False, reward_weights=None, in_place=False, normalize=None):  # fmt: skip
-    """The advantages (in place: the shares) and the packed results, and the number of blocks that made them."""
+        skip_inactive=False, reward_weights=None, in_place=False, normalize=None, first=False, offset=0):  # fmt: skip
+    """The advantages (in place: the shares) and the packed results, and the number of blocks that made them.
+
+    ``first``: objectives stand first in memory; ``offset``: so many elements beyond an aligned address.
+    """
     n, rows = advantages.shape[-1], solves(advantages.shape[0], level, normalize)
     groups = None if normalize is None or normalize._groups is None else normalize._groups.long().contiguous()
     compute = torch.float64 if advantages.dtype == torch.float64 else torch.float32
-    advantages = advantages.clone()
+    memory = torch.empty(advantages.numel() + offset, dtype=advantages.dtype)[offset:]
+    at = memory.view(advantages.movedim(-1, 0).shape).movedim(0, -1) if first else memory.view(advantages.shape)
+    advantages = at.copy_(advantages)
     out = None if in_place else torch.full(advantages.shape[:-1], float("nan"), dtype=advantages.dtype)
     packed = torch.full((10 * n + rows * (n + 1),), float("nan"), dtype=compute)
     rewards = None if reward_weights is None else (ctypes.c_double * n)(*reward_weights)
@@ -61,7 +68,7 @@ def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_for
         ctypes.c_void_p(advantages.data_ptr()), DTYPES.index(advantages.dtype), (ctypes.c_int64 * 3)(*advantages.shape),
         *pointers, rewards, level.encode(), solver.encode(), (normalize._spec if normalize else "").encode(),
         None if groups is None else ctypes.c_void_p(groups.data_ptr()),
-        ctypes.c_int64(0 if groups is None else len(groups)), noon, nan == "propagate", skip_inactive, order,
+        ctypes.c_int64(0 if groups is None else len(groups)), noon, nan == "propagate", skip_inactive, first, order,
         ctypes.byref(problem),
     )  # fmt: skip
     assert blocks > 0, problem.value
@@ -85,9 +92,12 @@ def problem(shape, dtype=torch.float32):
     return advantages.to(dtype), mask, torch.randn(shape[:-1], generator=generator) * 0.3
 
 
-def packed_reference(advantages, mask, log_ratio, **options):
-    result = reference.combine(advantages, mask=mask, log_ratio=log_ratio, **options)
-    return result.advantages, torch.cat([*result.stats, result.weights.flatten(), result.value.flatten()])
+def packed_reference(advantages, mask, log_ratio, in_place=False, **options):
+    shares = advantages.clone()
+    result = (reference.combine_ if in_place else reference.combine)(shares, mask=mask, log_ratio=log_ratio, **options)
+    return (shares if in_place else result.advantages), torch.cat(
+        [*result.stats, result.weights.flatten(), result.value.flatten()]
+    )
 
 
 def assert_results(actual, advantages, mask, log_ratio, **options):
@@ -154,15 +164,73 @@ def test_awkward_shapes(kernel, level, shape):
     assert_results((combined, packed), advantages, mask, log_ratio, level=level)
 
 
+@pytest.fixture
+def device(kernel):
+    """Imitates a device of a compute capability, with so much shared memory on a multiprocessor."""
+    yield kernel.use_device
+    kernel.use_device(9, 228 * 1024)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("memory", ["last", "first", "last, unaligned", "first, unaligned"])
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 9, 16, 17, 64])
+def test_every_access_and_number_of_objectives(kernel, device, n, memory, in_place, level):
+    """16 bytes at a time or not, tiles that a block has to load a second time, rows that are no multiple of 16 bytes."""
+    device(9, 100 * 1024)
+    for dtype in DTYPES:
+        advantages, mask, log_ratio = problem((7, 2501 // n + 40, n), dtype)
+        options = {"level": level, "nan": "ignore"}
+        got, packed, _ = run(kernel, advantages, mask, log_ratio, 7, in_place=in_place, first=memory.startswith("first"),
+                             offset=int("unaligned" in memory), **options)  # fmt: skip
+        assert_results((got, packed), advantages, mask, log_ratio, in_place=in_place, **options)
+
+
+@pytest.mark.parametrize("level", [*LEVELS, "group"])
+def test_a_cluster_and_a_grid_meet_alike(kernel, device, level):
+    advantages, mask, log_ratio = problem((12, 1000, 3))
+    results = []
+    for capability in (9, 8):
+        device(capability, 228 * 1024)
+        results.append(run(kernel, advantages, mask, log_ratio, 1, level=level, normalize=Normalize(group_size=4)))
+    assert 1 < results[0][2] == results[1][2] <= 8
+    for in_cluster, in_grid in zip(results[0][:2], results[1][:2], strict=True):
+        assert_same_bits(in_cluster, in_grid)
+    assert_results(results[0][:2], advantages, mask, log_ratio, level=level, normalize=Normalize(group_size=4))
+
+
+@pytest.mark.parametrize("n", [3, 20])
+def test_a_tile_that_left_is_read_again(kernel, device, n):
+    """A block with more tokens than its shared memory holds computes what one with room for all of them does."""
+    advantages, mask, log_ratio = problem((5, 60000 // n, n))
+    results = []
+    for kilobytes in (96, 600):
+        device(9, kilobytes * 1024)
+        results.append(run(kernel, advantages, mask, log_ratio, 0, level="batch"))
+    assert_same_bits(results[0][0], results[1][0])
+    for packed in (results[0][1], results[1][1]):
+        assert_results((results[0][0], packed), advantages, mask, log_ratio, level="batch")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 33, 256, 257])
+@pytest.mark.parametrize("n", [1, 3, 64])
+def test_pools_of_every_size(kernel, n, size):
+    """Several to a tile, one to a tile, several tiles to one."""
+    advantages, mask, log_ratio = problem((40, size, n))
+    for in_place in (False, True):
+        got = run(kernel, advantages, mask, log_ratio, 7, level="sequence", in_place=in_place)
+        assert_results(got[:2], advantages, mask, log_ratio, level="sequence", in_place=in_place)
+
+
 def test_a_missing_barrier_is_noticed(tmp_path):
     """The negative control: without the barrier between the steps of the tree, the order of threads shows."""
     broken = shutil.copytree(ROOT / "csrc/cuda", tmp_path / "cuda")
     source = (broken / "entry.cuh").read_text()
-    with_barrier = "width /= 2) {\n    __syncthreads();\n"
+    with_barrier = "    __syncthreads();\n    count = width;"
     assert source.count(with_barrier) == 1
-    (broken / "entry.cuh").write_text(source.replace(with_barrier, "width /= 2) {\n"))
+    (broken / "entry.cuh").write_text(source.replace(with_barrier, "    count = width;"))
     kernel = build(tmp_path, broken)
-    results = [run(kernel, *problem((4, 90, 3)), order, level="batch")[1] for order in ORDERS]
+    results = [run(kernel, *problem((4, 600, 3)), order, level="batch")[1] for order in ORDERS]
     assert any(not torch.equal(results[0], other) for other in results[1:])
 
 

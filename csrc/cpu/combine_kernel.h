@@ -35,7 +35,7 @@ class Kernel : Observer<C> {
 
  public:
   explicit Kernel(const CombineParams& params)
-      : Observer<C>(params), adjacent(interleaved(params.advantages, params.n, params.dtype)) {}
+      : Observer<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {}
 
   // Statistics of the tokens [first, last), merged into moments[n], and into the Gram matrix if there is one.
   template <class S>

@@ -76,7 +76,7 @@ class GaeKernel {
     if (p.outcome || p.kl.data || p.rows != 1) return false;
     const DType native = sizeof(C) == 8 ? DType::kFloat64 : DType::kFloat32;
     if (p.rewards_dtype != native || p.values_dtype != native || p.dtype != native) return false;
-    if (width > 1) return interleaved(p.rewards, p.n, native) && interleaved(p.values, p.n, native);
+    if (width > 1) return pama::adjacent(p.rewards, p.n, native) && pama::adjacent(p.values, p.n, native);
     for (int i = 0; i < p.n; ++i)
       if (p.rewards[i].col != 1 || p.values[i].col != 1) return false;
     return true;
@@ -212,7 +212,7 @@ class GaeKernel {
   }
 
   void load_as(const Plane* planes, DType dtype, int64_t first, int m, C* to, int begin) const {
-    const bool adjacent = width > 1 && interleaved(planes, p.n, dtype);
+    const bool adjacent = width > 1 && pama::adjacent(planes, p.n, dtype);
     with_dtype(dtype, [&](auto s) {
       using S = decltype(s);
       if constexpr (sizeof(S) <= sizeof(C)) {

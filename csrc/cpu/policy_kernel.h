@@ -26,7 +26,7 @@ class PolicyKernel : LossTile<C> {
         bounds(params),
         to(sums),
         tokens(smaller(kTokens, kElements / p.n / 16 * 16)),
-        adjacent(interleaved(p.advantages, p.n, p.advantage_dtype)) {
+        adjacent(pama::adjacent(p.advantages, p.n, p.advantage_dtype)) {
     for (int i = 0; i < p.n; ++i) weight[i] = static_cast<C>(p.weights[i]);
   }
 

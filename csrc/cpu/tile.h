@@ -195,17 +195,6 @@ void deinterleave(const S* __restrict src, int64_t step, int m, C* __restrict ds
     for (int i = 0; i < N; ++i) dst[i * stride + k] = Storage<S>::load(src[k * step + i]);
 }
 
-// Whether the objectives of a token stand side by side.
-inline bool interleaved(const Plane* planes, int n, DType dtype) {
-  const Plane& q = planes[0];
-  if (n == 1 || q.col != n) return false;
-  for (int i = 1; i < n; ++i) {
-    const Plane& r = planes[i];
-    if (r.data != q.data + i * size_of(dtype) || r.row != q.row || r.col != q.col) return false;
-  }
-  return true;
-}
-
 template <class S, class C, class Params>
 void load_objectives(const Params& p, const Plane* planes, bool adjacent, int64_t first, int count, C* dst,
                      int stride) {

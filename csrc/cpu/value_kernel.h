@@ -47,7 +47,7 @@ class ValueKernel : LossTile<C> {
   }
 
   void load(const Plane* planes, DType dtype, int64_t first, int count, C* dst) const {
-    const bool adjacent = interleaved(planes, p.n, dtype);
+    const bool adjacent = pama::adjacent(planes, p.n, dtype);
     with_dtype(dtype, [&](auto s) {
       using S = decltype(s);
       if constexpr (sizeof(S) <= sizeof(C)) load_objectives<S>(p, planes, adjacent, first, count, dst, stride);

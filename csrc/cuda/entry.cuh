@@ -61,7 +61,8 @@ __device__ inline double log_ratio_at(const CombineParams& p, const Token& t) {
   return float_at(p.log_ratio.data, p.log_ratio_dtype, t.row * p.log_ratio.row + t.col * p.log_ratio.col);
 }
 
-__device__ inline Token token_at(const CombineParams& p, int64_t index) {
+// gates: whether anyone asks for not_above and not_below.
+__device__ inline Token token_at(const CombineParams& p, int64_t index, bool gates = true) {
   Token t;
   if (p.order || p.affine || p.sums) {
     const int64_t row = index / p.row_tokens, col = index - row * p.row_tokens;
@@ -75,7 +76,7 @@ __device__ inline Token token_at(const CombineParams& p, int64_t index) {
   }
   t.valid = is_valid(p, t);
   t.not_above = t.not_below = true;
-  if (t.valid && p.log_ratio.data) {
+  if (gates && t.valid && p.log_ratio.data) {
     const double log_u = log_ratio_at(p, t);
     t.not_above = log_u <= p.log_high;
     t.not_below = log_u >= p.log_low;
@@ -90,44 +91,14 @@ __device__ typename Storage<S>::Compute sample_at(const CombineParams& p, int i,
   return Storage<S>::load(element<S>(p.advantages[i], t));
 }
 
-template <class C>
-struct Entry {
-  C raw, noon, advantage, gated;  // A', A before and after reward_weights, I(A); 0 where not taken
-  bool finite, taken, positive;
-};
-
-// Objective i at a token; memory behind the mask is not even read.
-template <class S, class C>
-__device__ Entry<C> entry_at(const CombineParams& p, int i, const Token& t, C scale) {
-  Entry<C> e{};
-  if (!t.valid) return e;
-  const C raw = sample_at<S>(p, i, t);
-  e.finite = raw - raw == C{0};
-  e.taken = e.finite || p.propagate;
-  if (!e.taken) return e;
-  e.raw = raw;
-  C processed = raw;
-  if (p.affine) {
-    const int64_t pools = p.normalize.by == Pool::kGroup ? p.groups : 1;
-    processed = Maps<C>(static_cast<C*>(p.affine), p.n * pools)[i * pools + t.pool](raw);
-  }
-  e.positive = e.finite && processed > C{0};
-  e.noon = noon(processed, p.noon ? C{0} : -static_cast<C>(HUGE_VAL));
-  e.advantage = e.noon * scale;
-  e.gated = gate(e.advantage, t.not_above, t.not_below);
-  return e;
-}
-
-// Sum of `mine` over the block, in tree[0]; a fixed tree. All threads must call it.
-__device__ inline const Moments& merge_block(Moments* tree, const Moments& mine) {
-  __syncthreads();  // the tree may still be read from the last time
-  tree[threadIdx.x] = mine;
-  for (int width = kThreads / 2; width > 0; width /= 2) {
+// part[k * n + i] for all k, merged into part[i] by a fixed tree.
+__device__ inline void merge_parts(Moments* part, int count, int n) {
+  for (int width = 1 << 30; width > 0; width /= 2) {
+    if (width >= count) continue;
+    for (int e = threadIdx.x; e < (count - width) * n; e += kThreads) merge(part[e], part[e + width * n]);
     __syncthreads();
-    if (threadIdx.x < width) merge(tree[threadIdx.x], tree[threadIdx.x + width]);
+    count = width;
   }
-  __syncthreads();
-  return tree[0];
 }
 
 template <class S, class C>

@@ -1,43 +1,74 @@
-// Kernels whose blocks meet at a barrier of the whole grid.
+// Kernels whose blocks meet: in a cluster, or at a barrier of the whole grid.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
 
 #include "check.h"
+#include "pama/combine.h"
 
 namespace pama {
 
+#ifdef __CUDACC__
+__device__ inline char* dynamic_shared() {
+  extern __shared__ __align__(16) char memory[];
+  return memory;
+}
+#endif
+
+constexpr int kKnownDevices = 64;
+
+// Lets a kernel have so much dynamic shared memory on a device; told to CUDA once.
+template <auto kKernel>
+void allow_shared(int device, int bytes) {
+  static std::atomic<bool> done[kKnownDevices];
+  if (device < kKnownDevices && done[device]) return;
+  check_cuda(
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+      "cudaFuncSetAttribute");
+  if (device < kKnownDevices) done[device] = true;
+}
+
 // Blocks of a kernel that are resident together, as a cooperative launch needs; asked once per device.
 template <auto kKernel>
-int resident_blocks(int device, int threads, int most_per_multiprocessor) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];
-  if (device < kDevices && known[device]) return known[device];
+int resident_blocks(int device, int threads, int most_per_multiprocessor, int shared = 0) {
+  static std::atomic<int> known[kKnownDevices];
+  if (device < kKnownDevices && known[device]) return known[device];
   const DeviceGuard guard(device);
+  if (shared > 0) allow_shared<kKernel>(device, shared);
   int multiprocessors = 0, each = 0;
   check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
              "cudaDeviceGetAttribute");
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, 0),
+  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, shared),
              "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
   const int blocks = multiprocessors * std::clamp(each, 1, most_per_multiprocessor);
-  if (device < kDevices) known[device] = blocks;
+  if (device < kKnownDevices) known[device] = blocks;
   return blocks;
 }
 
-// Launches a kernel of one argument, cooperatively if there is more than one block.
+// Launches a kernel of one argument whose blocks meet, if there is more than one, as `meeting` says.
 template <class Params>
 void launch_together(const void* kernel, int64_t blocks, int threads, const Params& params, void* stream,
-                     const char* name) {
+                     const char* name, Meeting meeting = Meeting::kGrid, int64_t shared = 0) {
   Params copy = params;
   void* arguments[] = {&copy};
-  const dim3 grid(static_cast<unsigned>(blocks));
-  if (blocks == 1) {
-    check_cuda(cudaLaunchKernel(kernel, grid, threads, arguments, 0, static_cast<cudaStream_t>(stream)), name);
+  cudaLaunchAttribute attribute{};
+  if (meeting == Meeting::kCluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = static_cast<unsigned>(blocks);
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
   } else {
-    check_cuda(cudaLaunchCooperativeKernel(kernel, grid, threads, arguments, 0, static_cast<cudaStream_t>(stream)),
-               name);
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
   }
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = blocks > 1 ? 1 : 0;
+  check_cuda(cudaLaunchKernelExC(&config, kernel, arguments), name);
   check_cuda(cudaGetLastError(), name);
 }
 

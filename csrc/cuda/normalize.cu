@@ -120,8 +120,11 @@ __global__ void __launch_bounds__(kThreads, 2) measure_part(const __grid_constan
     for (int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; k < p.tokens();
          k += static_cast<int64_t>(gridDim.x) * kThreads)
       add_sample<S>(p, i, k, m);
-    const Moments& block = merge_block(tree, m);
-    if (threadIdx.x == 0) static_cast<Moments*>(p.workspace)[blockIdx.x * p.n + i] = block;
+    tree[threadIdx.x] = m;
+    __syncthreads();
+    merge_parts(tree, kThreads, 1);
+    if (threadIdx.x == 0) static_cast<Moments*>(p.workspace)[blockIdx.x * p.n + i] = tree[0];
+    __syncthreads();
   }
 }
 

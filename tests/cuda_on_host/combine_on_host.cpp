@@ -11,16 +11,23 @@ static void call_kernel(const void* argument, const void* kernel) {
 #include COMBINE_CU
 #include NORMALIZE_CU
 
-// Tensors are contiguous: advantages [sizes[0], sizes[1], sizes[2]] with the objectives last, mask bool, log_ratio
-// float32, groups int64 [n_groups], each or null. Returns the number of blocks, or -1 with what does not fit in
-// `problem`.
+// The device that is imitated from here on.
+extern "C" void use_device(int compute_capability, int shared_bytes) {
+  host::compute_capability = compute_capability;
+  host::shared_bytes = shared_bytes;
+}
+
+// Tensors are contiguous: advantages [sizes[0], sizes[1], sizes[2]] with the objectives last, or first in memory, mask
+// bool, log_ratio float32, groups int64 [n_groups], each or null. Returns the number of blocks, or -1 with what does
+// not fit in `problem`.
 extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes, void* mask, void* log_ratio,
                                void* out, void* packed, const double* reward_values, const char* level,
                                const char* solver, const char* normalize, void* groups, int64_t n_groups, int noon,
-                               int propagate, int skip_inactive, unsigned order, const char** problem) {
+                               int propagate, int skip_inactive, int first, unsigned order, const char** problem) {
   using namespace pama;
   const Device cpu{DeviceType::kCPU, 0};
-  const int64_t strides[3] = {sizes[1] * sizes[2], sizes[2], 1}, plane[2] = {sizes[1], 1}, one = 1;
+  const int64_t last[3] = {sizes[1] * sizes[2], sizes[2], 1}, planes[3] = {sizes[1], 1, sizes[0] * sizes[1]};
+  const int64_t *strides = first ? planes : last, plane[2] = {sizes[1], 1}, one = 1;
   const TensorView a{advantages, static_cast<DType>(dtype), cpu, 3, sizes, strides};
   const TensorView m{mask, DType::kInt8, cpu, 2, sizes, plane}, l{log_ratio, DType::kFloat32, cpu, 2, sizes, plane};
   const TensorView o{out, static_cast<DType>(dtype), cpu, 2, sizes, plane};
@@ -40,5 +47,5 @@ extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes
   p.packed = packed;
   host::order = order;
   launch_combine_cuda(p, nullptr);
-  return static_cast<int>(blocks_bytes(p) / block_bytes(p.n, p.solver == Solver::kMinNorm));
+  return blocks_for(p);
 }

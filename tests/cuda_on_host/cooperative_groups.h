@@ -2,9 +2,16 @@
 
 #include "cuda_runtime.h"
 
+// A cluster here is the whole grid, as it is in the kernels of this package.
 namespace cooperative_groups {
 struct Grid {
   void sync() const { host::wait(host::State::kGrid); }
+  template <class T>
+  T* map_shared_rank(T* mine, int block) const {
+    const char* base = aligned((*host::shared)[blockIdx.x]);
+    return reinterpret_cast<T*>(aligned((*host::shared)[block]) + (reinterpret_cast<const char*>(mine) - base));
+  }
 };
 inline Grid this_grid() { return {}; }
+inline Grid this_cluster() { return {}; }
 }  // namespace cooperative_groups

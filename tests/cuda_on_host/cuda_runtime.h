@@ -1,8 +1,8 @@
 // Enough of CUDA to run csrc/cuda/*.cu on the host: each block is an OS thread, each of its threads a fiber.
 //
-// Fibers run one after the other, in an order the caller chooses, from one barrier to the next; a warp goes on alone until
-// it waits for the block. A correct kernel gives the same bits in every order; one that lacks a barrier does not, since
-// some fiber reads what another has yet to write, or has overwritten.
+// Fibers run one after the other, in an order the caller chooses, from one barrier to the next; a warp goes on alone
+// until it waits for the block. A correct kernel gives the same bits in every order; one that lacks a barrier does not,
+// since some fiber reads what another has yet to write, or has overwritten.
 #pragma once
 
 #include <ucontext.h>
@@ -26,11 +26,12 @@
 #define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define __forceinline__ inline
 #define __shared__ static thread_local  // one copy per OS thread, that is per block
 
 struct dim3 {
-  unsigned x;
-  explicit dim3(unsigned x_) : x(x_) {}
+  unsigned x, y = 1, z = 1;
+  dim3(unsigned x_ = 1) : x(x_) {}
 };
 struct Index {
   int x;
@@ -39,12 +40,43 @@ inline thread_local Index threadIdx, blockIdx, gridDim;
 
 using cudaError_t = int;
 using cudaStream_t = void*;
-constexpr int cudaSuccess = 0, cudaDevAttrMultiProcessorCount = 0;
+constexpr int cudaSuccess = 0;
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrReservedSharedMemoryPerBlock,
+};
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaLaunchAttributeClusterDimension = 1, cudaLaunchAttributeCooperative };
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    dim3 clusterDim;
+    int cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+namespace host {
+// The device that is imitated: two multiprocessors of so much shared memory.
+inline int compute_capability = 9, shared_bytes = 228 * 1024;
+}  // namespace host
 inline const char* cudaGetErrorString(int) { return "none"; }
 inline int cudaGetLastError() { return cudaSuccess; }
 inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline int cudaSetDevice(int) { return cudaSuccess; }
-inline int cudaDeviceGetAttribute(int* value, int, int) { return *value = 2, cudaSuccess; }
+inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int known[] = {2, host::compute_capability, host::shared_bytes - 1024, host::shared_bytes, 1024};
+  return *value = known[attribute], cudaSuccess;
+}
+inline int cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 template <class Kernel>
 int cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
   return *blocks = 2, cudaSuccess;
@@ -53,6 +85,8 @@ inline int cudaMemsetAsync(void* data, int value, size_t bytes, void*) { return 
 inline int64_t min(int64_t a, int64_t b) { return std::min(a, b); }
 inline int64_t max(int64_t a, int64_t b) { return std::max(a, b); }
 inline void atomicAdd(unsigned long long* to, unsigned long long x) { std::atomic_ref(*to) += x; }
+inline int min(int a, int b) { return std::min(a, b); }
+inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 using std::signbit;
 
 namespace host {
@@ -68,6 +102,7 @@ struct Fiber {
 
 inline unsigned order = 0;  // 0: ascending, 1: descending, else the seed of a shuffle
 inline thread_local std::vector<Fiber>* fibers;
+inline thread_local std::vector<std::vector<char>>* shared;  // dynamic shared memory of all blocks
 inline thread_local ucontext_t scheduler;
 
 inline void wait(State state) {
@@ -79,7 +114,7 @@ inline void wait(State state) {
 using Kernel = void (*)(const void* argument, const void* kernel);
 
 inline void run_block(int block, int blocks, int threads, const void* kernel, const void* argument, Kernel call,
-                      std::barrier<>& grid) {
+                      std::barrier<>& grid, std::vector<std::vector<char>>& memory) {
   static thread_local struct {
     const void *kernel, *argument;
     Kernel call;
@@ -87,6 +122,7 @@ inline void run_block(int block, int blocks, int threads, const void* kernel, co
   job = {kernel, argument, call};
   std::vector<Fiber> all(threads);
   fibers = &all;
+  shared = &memory;
   blockIdx.x = block;
   gridDim.x = blocks;
   std::vector<int> turn(threads);
@@ -149,6 +185,12 @@ inline void run_block(int block, int blocks, int threads, const void* kernel, co
 
 inline void __syncthreads() { host::wait(host::State::kBlock); }
 inline void __syncwarp() { host::wait(host::State::kWarp); }
+inline char* aligned(std::vector<char>& memory) {
+  return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);
+}
+namespace pama {
+inline char* dynamic_shared() { return aligned((*host::shared)[blockIdx.x]); }
+}  // namespace pama
 inline double shuffle(double x, int from) {
   (*host::fibers)[threadIdx.x].exchange = x;
   __syncwarp();
@@ -156,7 +198,10 @@ inline double shuffle(double x, int from) {
   __syncwarp();
   return other;
 }
-inline double __shfl_xor_sync(unsigned, double x, int offset) { return shuffle(x, threadIdx.x ^ offset); }
+template <class T>
+T __shfl_xor_sync(unsigned, T x, int offset) {
+  return static_cast<T>(shuffle(x, threadIdx.x ^ offset));
+}
 template <class T>
 T __shfl_sync(unsigned, T x, int lane) {
   return static_cast<T>(shuffle(x, threadIdx.x / 32 * 32 + lane % 32));
@@ -172,15 +217,19 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
-// The kernels of this package take one argument, their parameter struct; the source under test says which.
-inline int run_on_host(const void* kernel, dim3 blocks, int threads, void** arguments, host::Kernel call) {
+// The kernels of this package take one argument, their parameter struct; the source under test says which. What has not
+// been written to in dynamic shared memory is NaN.
+inline int run_on_host(const void* kernel, dim3 blocks, int threads, void** arguments, host::Kernel call,
+                       size_t shared) {
   std::barrier<> grid(blocks.x);
+  std::vector<std::vector<char>> memory(blocks.x, std::vector<char>(shared + 16, static_cast<char>(0xff)));
   std::vector<std::thread> workers;
   for (unsigned b = 0; b < blocks.x; ++b)
-    workers.emplace_back([&, b] { host::run_block(b, blocks.x, threads, kernel, arguments[0], call, grid); });
+    workers.emplace_back([&, b] { host::run_block(b, blocks.x, threads, kernel, arguments[0], call, grid, memory); });
   for (std::thread& worker : workers) worker.join();
   return cudaSuccess;
 }
 #define cudaLaunchKernel(kernel, blocks, threads, arguments, shared, stream) \
-  run_on_host(kernel, blocks, threads, arguments, call_kernel)
-#define cudaLaunchCooperativeKernel cudaLaunchKernel
+  run_on_host(kernel, blocks, threads, arguments, call_kernel, shared)
+#define cudaLaunchKernelExC(config, kernel, arguments) \
+  run_on_host(kernel, (config)->gridDim, (config)->blockDim.x, arguments, call_kernel, (config)->dynamicSmemBytes)

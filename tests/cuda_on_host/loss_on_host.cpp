@@ -76,8 +76,8 @@ extern "C" const char* policy_on_host(const void* log_probs, const void* old, co
     each.push_back({(char*)advantages + i * size_of(type), type, kDevice, by_row ? 1 : 2, sizes, steps});
   const PolicyOptions options{numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], aggregate_named(aggregate)};
   PolicyParams p;
-  if (const char* problem = plan_policy_loss(
-          options, {&l, &o, each.data(), n, sizes[2] > 0, nullptr, m.given(), r.given(), nullptr}, p))
+  if (const char* problem =
+          plan_policy_loss(options, {&l, &o, each.data(), n, sizes[2] > 0, nullptr, m.given(), r.given(), nullptr}, p))
     return problem;
   std::copy(weights, weights + n, p.weights.values);
   p.normalized = numbers[5] >= 0;

@@ -17,6 +17,11 @@ constexpr int kStatistics = 10;  // rows of the packed statistics, in the order 
 enum class Level : uint8_t { kBatch, kSequence, kGroup, kToken };
 enum class Solver : uint8_t { kClosedForm, kMinNorm, kFixed };
 
+// How a CUDA kernel can read the advantages: 16 bytes at a time, objectives taking turns or each for itself, or not so.
+enum class Access : uint8_t { kAny, kInterleaved, kPlanes };
+// Where its blocks meet.
+enum class Meeting : uint8_t { kBlock, kCluster, kGrid };
+
 constexpr double kLogRatioLimit = 20.0;  // log_ratio is clamped to this before exp
 
 // A number for each objective: read on the device, or given by the host.
@@ -85,6 +90,10 @@ struct CombineParams {
   // each solve), then value [1] (one for each solve).
   void* packed;
   void* workspace;  // CUDA only
+  Access access;    // these four too: see cuda/combine.cu
+  Meeting meeting;
+  int tile_tokens;
+  int tile_pools;
 
   // Filled by the launchers, in their own memory. Tokens are then counted in grouped order: row k is order[k].
   const int64_t* order;   // [batch], or null: groups follow each other as they stand

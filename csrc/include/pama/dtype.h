@@ -27,6 +27,11 @@ PAMA_HD To bit_cast(const From& from) {
 }
 
 PAMA_HD float to_float(Half h) {
+#ifdef __CUDA_ARCH__
+  float x;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(h.bits));
+  return x;
+#endif
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000u) << 16;
   const uint32_t magnitude = static_cast<uint32_t>(h.bits & 0x7fffu) << 13;
   // 2^112 moves the exponent bias from 15 to 127 and normalises subnormals; inf and NaN keep an all-ones exponent.
@@ -39,6 +44,11 @@ PAMA_HD float to_float(BFloat16 h) { return bit_cast<float>(static_cast<uint32_t
 
 // Round to nearest, ties to even, in both directions of the next two.
 PAMA_HD Half to_half(float x) {
+#ifdef __CUDA_ARCH__
+  Half h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(x));
+  return h;
+#endif
   const uint32_t bits = bit_cast<uint32_t>(x), sign = bits & 0x80000000u, magnitude = bits ^ sign;
   uint32_t out;
   if (magnitude >= 0x47800000u) {  // 65536 and above, inf, NaN

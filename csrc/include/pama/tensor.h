@@ -48,4 +48,15 @@ struct Plane {
   int64_t row, col;  // strides in elements
 };
 
+// Whether the objectives of a token stand side by side.
+PAMA_HD bool adjacent(const Plane* planes, int n, DType dtype) {
+  const Plane& q = planes[0];
+  if (n == 1 || q.col != n) return false;
+  for (int i = 1; i < n; ++i) {
+    const Plane& r = planes[i];
+    if (r.data != q.data + i * size_of(dtype) || r.row != q.row || r.col != q.col) return false;
+  }
+  return true;
+}
+
 }  // namespace pama

@@ -1,0 +1,202 @@
+// A tile of tokens in shared memory, objective by objective, whatever dtype and layout it came from. Everything after
+// the load is one arithmetic on it, and what fits there is read from device memory once.
+#pragma once
+
+#include "entry.cuh"
+
+namespace pama {
+
+constexpr int kBytes = 16;  // of one access to device memory
+
+enum TokenFlags : uint8_t { kValidFlag = 1, kNotAboveFlag = 2, kNotBelowFlag = 4 };
+
+// Numbers that are loaded or stored at once.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount < kBytes ? sizeof(T) * kCount : kBytes) Pack {
+  T at[kCount];
+};
+
+template <class T, int kCount>
+__device__ Pack<T, kCount>& pack(T* x) {
+  return *reinterpret_cast<Pack<T, kCount>*>(x);
+}
+
+// Where the arrays of a tile stand in shared memory, behind `base`, and how many tokens it has room for.
+template <class C>
+struct Tile {
+  C* x;       // [n, stride]: A'; later, in place, c_i A_i
+  C* gated;   // [n, stride]: I(A), min-norm only
+  int* pool;  // [stride]: of Normalize.by, groups only
+  uint8_t* flags;
+  int stride;
+
+  // Of so many tokens, a multiple of kStep.
+  static constexpr int kStep = 32;
+  static __host__ __device__ constexpr int64_t bytes(int n, bool gram, bool pools, int64_t tokens) {
+    return tokens * (static_cast<int64_t>(sizeof(C)) * n * (gram ? 2 : 1) + (pools ? 4 : 0) + 1);
+  }
+
+  __device__ Tile(char* base, const CombineParams& p) : stride(p.tile_tokens) {
+    const int64_t plane = static_cast<int64_t>(p.n) * stride;
+    x = reinterpret_cast<C*>(base);
+    gated = x + plane;
+    pool = reinterpret_cast<int*>(p.solver == Solver::kMinNorm && p.level != Level::kToken ? gated + plane : gated);
+    flags = reinterpret_cast<uint8_t*>(has_pools(p) ? pool + stride : pool);
+  }
+
+  static __host__ __device__ bool has_pools(const CombineParams& p) {
+    return p.affine && p.normalize.by == Pool::kGroup;
+  }
+};
+
+// N objectives that take turns in memory: a thread loads kVec tokens, N accesses side by side, and stores kVec tokens
+// of each objective.
+//
+//   thread 0, float, N = 3    a0 b0 c0 a1 | b1 c1 a2 b2 | c2 a3 b3 c3   ->   a0 a1 a2 a3 .. | b0 b1 b2 b3 .. | c0 ..
+template <int N, class S, class C>
+__device__ __forceinline__ void load_interleaved(const S* __restrict from, int count, const Tile<C>& tile) {
+  constexpr int kVec = kBytes / sizeof(S);
+#pragma unroll 1
+  for (int k = threadIdx.x * kVec; k < count; k += kThreads * kVec) {
+    Pack<S, kVec> raw[N];
+#pragma unroll
+    for (int j = 0; j < N; ++j) raw[j] = reinterpret_cast<const Pack<S, kVec>*>(from + static_cast<int64_t>(k) * N)[j];
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      Pack<C, kVec> own;
+#pragma unroll
+      for (int t = 0; t < kVec; ++t) own.at[t] = Storage<S>::load(raw[(t * N + i) / kVec].at[(t * N + i) % kVec]);
+      pack<C, kVec>(tile.x + i * tile.stride + k) = own;
+    }
+  }
+}
+
+// The same by accesses of one thread beside the next, whose elements are then dealt out one by one: for many
+// objectives, of which a thread could not hold that much. N = 0: n of them.
+template <int N, class S, class C>
+__device__ __forceinline__ void load_flat(const S* __restrict from, int count, int n, const Tile<C>& tile) {
+  constexpr int kVec = kBytes / sizeof(S);
+  if (N > 0) n = N;
+#pragma unroll 1
+  for (int e = threadIdx.x * kVec; e < count * n; e += kThreads * kVec) {  // kVec divides the count
+    const Pack<S, kVec> raw = *reinterpret_cast<const Pack<S, kVec>*>(from + e);
+    int k = e / n, i = e - k * n;
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      tile.x[i * tile.stride + k] = Storage<S>::load(raw.at[j]);
+      if (++i == n) i = 0, ++k;
+    }
+  }
+}
+
+template <class S, class C>
+__device__ __forceinline__ void store_flat(S* __restrict to, int count, int n, const Tile<C>& tile) {
+  constexpr int kVec = kBytes / sizeof(S);
+#pragma unroll 1
+  for (int e = threadIdx.x * kVec; e < count * n; e += kThreads * kVec) {
+    Pack<S, kVec> raw;
+    int k = e / n, i = e - k * n;
+#pragma unroll
+    for (int j = 0; j < kVec; ++j) {
+      raw.at[j] = Storage<S>::store(tile.x[i * tile.stride + k]);
+      if (++i == n) i = 0, ++k;
+    }
+    *reinterpret_cast<Pack<S, kVec>*>(to + e) = raw;
+  }
+}
+
+template <class S, class C>
+__device__ __forceinline__ void load_objectives(const S* from, int count, int n, const Tile<C>& tile) {
+  switch (n) {
+    case 2: return load_interleaved<2>(from, count, tile);
+    case 3: return load_interleaved<3>(from, count, tile);
+    case 4: return load_interleaved<4>(from, count, tile);
+    case 5: return load_interleaved<5>(from, count, tile);
+    case 6: return load_interleaved<6>(from, count, tile);
+    case 7: return load_interleaved<7>(from, count, tile);
+    case 8: return load_interleaved<8>(from, count, tile);
+    case 9: return load_flat<9>(from, count, n, tile);
+    case 10: return load_flat<10>(from, count, n, tile);
+    case 11: return load_flat<11>(from, count, n, tile);
+    case 12: return load_flat<12>(from, count, n, tile);
+    case 13: return load_flat<13>(from, count, n, tile);
+    case 14: return load_flat<14>(from, count, n, tile);
+    case 15: return load_flat<15>(from, count, n, tile);
+    case 16: return load_flat<16>(from, count, n, tile);
+    default: return load_flat<0>(from, count, n, tile);
+  }
+}
+
+// How many of the tokens [first, first + count) of plane q can be accessed kBytes at a time.
+template <class S>
+__device__ int whole_packs(const CombineParams& p, const Plane& q, int64_t first, int count) {
+  constexpr int kVec = kBytes / sizeof(S);
+  const auto address = reinterpret_cast<uintptr_t>(q.data) + first * q.col * static_cast<int64_t>(sizeof(S));
+  return p.access != Access::kAny && address % kBytes == 0 ? count / kVec * kVec : 0;
+}
+
+// The tokens [first, first + count) of those objectives that `wanted` has a bit of, with or without their gates.
+template <class S, class C>
+__device__ __forceinline__ void load_tile(const CombineParams& p, int64_t first, int count, uint64_t wanted, bool gates,
+                                          const Tile<C>& tile) {
+  constexpr int kVec = kBytes / sizeof(S);
+  int whole = whole_packs<S>(p, p.advantages[0], first, count);
+  // Of a few among many that take turns, single elements are less to read.
+  if (p.access == Access::kInterleaved && 8 * __popcll(wanted) < p.n) whole = 0;
+  if (whole && p.access == Access::kInterleaved) {
+    load_objectives(reinterpret_cast<const S*>(p.advantages[0].data) + first * p.n, whole, p.n, tile);
+  } else if (whole) {
+    for (int i = 0; i < p.n; ++i) {
+      if (!(wanted >> i & 1)) continue;
+      const S* __restrict from = reinterpret_cast<const S*>(p.advantages[i].data) + first;
+#pragma unroll 2
+      for (int k = threadIdx.x * kVec; k < whole; k += kThreads * kVec) {
+        const Pack<S, kVec> raw = *reinterpret_cast<const Pack<S, kVec>*>(from + k);
+        Pack<C, kVec> own;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) own.at[j] = Storage<S>::load(raw.at[j]);
+        pack<C, kVec>(tile.x + i * tile.stride + k) = own;
+      }
+    }
+  }
+  const bool pools = Tile<C>::has_pools(p);
+  const int padded = (count + Tile<C>::kStep - 1) / Tile<C>::kStep * Tile<C>::kStep;
+  for (int k = threadIdx.x; k < padded; k += kThreads) {
+    uint8_t flags = 0;
+    if (k < count) {
+      const Token t = token_at(p, first + k, gates);
+      flags = t.valid * kValidFlag + t.not_above * kNotAboveFlag + t.not_below * kNotBelowFlag;
+      if (pools) tile.pool[k] = static_cast<int>(t.pool);
+      for (int i = 0; i < p.n && k >= whole; ++i)
+        if (wanted >> i & 1) tile.x[i * tile.stride + k] = t.valid ? sample_at<S>(p, i, t) : C{0};
+    }
+    tile.flags[k] = flags;
+  }
+}
+
+// The tile's x, back to where the advantages came from.
+template <class S, class C>
+__device__ __forceinline__ void store_tile(const CombineParams& p, int64_t first, int count, const Tile<C>& tile) {
+  constexpr int kVec = kBytes / sizeof(S);
+  const int whole = whole_packs<S>(p, p.advantages[0], first, count);
+  if (whole && p.access == Access::kInterleaved) {
+    store_flat(reinterpret_cast<S*>(p.advantages[0].data) + first * p.n, whole, p.n, tile);
+  } else if (whole) {
+    for (int i = 0; i < p.n; ++i) {
+      S* to = reinterpret_cast<S*>(p.advantages[i].data) + first;
+#pragma unroll 2
+      for (int k = threadIdx.x * kVec; k < whole; k += kThreads * kVec) {
+        Pack<S, kVec> raw;
+#pragma unroll
+        for (int j = 0; j < kVec; ++j) raw.at[j] = Storage<S>::store(tile.x[i * tile.stride + k + j]);
+        *reinterpret_cast<Pack<S, kVec>*>(to + k) = raw;
+      }
+    }
+  }
+  for (int k = whole + threadIdx.x; k < count; k += kThreads) {
+    const Token t = token_at(p, first + k, false);
+    for (int i = 0; i < p.n; ++i) store<S>(p.advantages[i], t, tile.x[i * tile.stride + k]);
+  }
+}
+
+}  // namespace pama
