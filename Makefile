@@ -2,12 +2,13 @@
 # make test        set up, build, and test what needs no GPU
 # make test-wheel  the same on the built wheel, without the checkout
 # make lint        formatters, linters, types
-# make bench       cost of a call beside the alternatives
+# make bench       measure every suite, write bench/records: [SUITES="combine gae"]
 # make gpu-check   on a machine with a CUDA device, with its own Python: [STAGES="build tests"] [OUT=folder] [COMMIT=...]
 
 PYTHON ?= python3
 OUT ?= bench/records
 STAGES ?=
+SUITES ?= combine groups gae min_norm loss scaling
 COMMIT ?=
 
 VENV := .venv
@@ -54,12 +55,9 @@ test-wheel: $(READY)
 lint: $(BUILT)
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
 
+# A process for each suite: what one imports cannot slow another.
 bench: $(BUILT)
-	$(BIN)/python -m bench.latency --json bench/records/latency-cpu.json
-	$(BIN)/python -m bench.groups --json bench/records/groups-cpu.json
-	$(BIN)/python -m bench.gae --json bench/records/gae-cpu.json
-	$(BIN)/python -m bench.min_norm --json bench/records/min-norm-cpu.json
-	$(BIN)/python -m bench.loss --json bench/records/loss-cpu.json
+	set -e; for suite in $(SUITES); do $(BIN)/python -m bench $$suite; done
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT) $(if $(STAGES),--stages $(STAGES)) $(if $(COMMIT),--commit $(COMMIT))
