@@ -24,7 +24,7 @@ from pama_ext._combine import _combine_dispatcher
 UNIT, EMPTY = "a + a", "empty kernel"
 OURS, OURS_OUT, FIRST, LISTED = "combine", "combine, out=", "combine, objectives first", "combine, list of [B, T]"
 DISPATCHER, CUSTOM_OP = "dispatcher", "custom_op in Python"
-EAGER, REFERENCE, NUMBA = "eager PyTorch", "reference", "numba"
+EAGER, REFERENCE, NUMBA, TRITON = "eager PyTorch", "reference", "numba", "Triton"
 SMALL, LARGE = 65536, 1 << 20  # elements
 Shape = tuple[int, ...]
 Options = dict[str, Any]
@@ -73,6 +73,10 @@ def build(device: str, *, shape: Shape, masked: bool = True, level: str = "batch
         from bench.baselines.numba_loop import numba_loop
 
         found[NUMBA] = candidate(numba_loop)
+    if by_batch and cuda and peers.installed("triton"):
+        from bench.baselines.triton_combine import triton_combine
+
+        found[TRITON] = candidate(triton_combine)
     if by_batch and advantages.numel() < SMALL:
         found[DISPATCHER] = candidate(_combine_dispatcher)
         found[REFERENCE] = candidate(eager.specification)

@@ -18,7 +18,7 @@ from bench.suites import combine
 from bench.workload import COMPILED, Candidate, Case, Growth, Workload
 
 ROW = 64  # tokens
-SHOWN = (combine.OURS, combine.EAGER, COMPILED, combine.NUMBA)
+SHOWN = (combine.OURS, combine.EAGER, COMPILED, combine.NUMBA, combine.TRITON)
 BOUND = 1.3
 
 
