@@ -3,6 +3,7 @@
 # make test-wheel  the same on the built wheel, without the checkout
 # make lint        formatters, linters, types
 # make bench       measure every suite, write bench/records: [SUITES="combine gae"]
+# make bench-smoke ratios of a few cheap workloads against wide bounds
 # make gpu-check   on a machine with a CUDA device, with its own Python: [STAGES="build tests"] [OUT=folder] [COMMIT=...]
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: venv build demo test test-wheel lint bench gpu-check clean
+.PHONY: venv build demo test test-wheel lint bench bench-smoke gpu-check clean
 .DEFAULT_GOAL := build
 
 venv: $(READY)
@@ -58,6 +59,9 @@ lint: $(BUILT)
 # A process for each suite: what one imports cannot slow another.
 bench: $(BUILT)
 	set -e; for suite in $(SUITES); do $(BIN)/python -m bench $$suite; done
+
+bench-smoke: $(BUILT)
+	$(BIN)/python -m bench --smoke
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT) $(if $(STAGES),--stages $(STAGES)) $(if $(COMMIT),--commit $(COMMIT))

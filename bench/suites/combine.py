@@ -100,7 +100,7 @@ HOST_GATES = (
     Gate(OURS_OUT, UNIT, 1.2, at_most=True, device="cuda"),
 )
 SMALL_GATES = (
-    Gate(EAGER, OURS, 40.0, smoke=12.0),
+    Gate(EAGER, OURS, 40.0, smoke=5.0),
     Gate(COMPILED, OURS, 10.0),
     Gate(EAGER, OURS, 20.0, device="cuda"),
     Gate(COMPILED, OURS, 10.0, device="cuda"),

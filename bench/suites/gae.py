@@ -118,7 +118,7 @@ def build_both(device: str, *, shape: tuple[int, int, int]) -> Case:
 
 GATES = (
     Gate(VERL, OURS, 100.0),
-    Gate(TRL, OURS, 100.0, smoke=25.0),
+    Gate(TRL, OURS, 100.0, smoke=50.0),
     Gate(NUMBA, OURS, 2.0),
     Gate(COPY, OURS, 0.6, smoke=0.15, view="cold"),
     Gate(VERL, OURS, 500.0, view="device", device="cuda"),
