@@ -2,7 +2,7 @@
 # make test        set up, build, and test what needs no GPU
 # make test-wheel  the same on the built wheel, without the checkout
 # make lint        formatters, linters, types
-# make bench       measure every suite, write bench/records: [SUITES="combine gae"]
+# make bench       measure every suite, write bench/records, and from them the README's figures: [SUITES="combine gae"]
 # make bench-smoke ratios of a few cheap workloads against wide bounds
 # make gpu-check   on a machine with a CUDA device, with its own Python: [STAGES="build tests"] [OUT=folder] [COMMIT=...]
 
@@ -59,6 +59,7 @@ lint: $(BUILT)
 # A process for each suite: what one imports cannot slow another.
 bench: $(BUILT)
 	set -e; for suite in $(SUITES); do $(BIN)/python -m bench $$suite; done
+	$(BIN)/python -m bench.report
 
 bench-smoke: $(BUILT)
 	$(BIN)/python -m bench --smoke
