@@ -25,14 +25,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, metavar="S", help="timing budget of one view of one workload")
     parser.add_argument("--quick", action="store_true", help="a short run, without torch.compile and the largest sizes")
     parser.add_argument("--smoke", action="store_true", help="judge a few cheap workloads by wide bounds, no record")
-    parser.add_argument("--threads", type=int, help="threads of PyTorch, numba and pama_ext")
+    parser.add_argument("--threads", type=int, help="threads of PyTorch, numba and pama_ext; 1 for --smoke")
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder for the records")
     parser.add_argument("--commit", help="commit to record where there is no repository")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.threads or options.smoke:
+        torch.set_num_threads(options.threads or 1)
     names = options.suites or suites.NAMES
     if unknown := set(names).difference(suites.NAMES):
         parser.error(f"no such suite: {', '.join(sorted(unknown))}; there are {', '.join(suites.NAMES)}")

@@ -1,6 +1,8 @@
 """The regression guard: ratios of a few cheap workloads against bounds with wide margins, never absolute times.
 
-A bound is what a slow or busy machine still keeps; a ratio outside of it twice in a row means that something broke.
+A bound is what a slow or busy machine still keeps; a ratio outside of it twice in a row means that something broke. On
+one thread, unless told otherwise: where others hold a core, a parallel region waits for it, and that of only one of the
+two calls, while ratios on one thread stay within a few percent.
 """
 
 from __future__ import annotations

@@ -5,12 +5,20 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 from test_bench import OURS, THEIRS, tiny, workload  # noqa: F401
 
 import pama_ext
 from bench import __main__ as command
 from bench import runner, smoke, suites
 from bench.workload import Gate
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def slow(seconds):
@@ -25,6 +33,15 @@ def test_it_passes_far_from_its_aim(tiny, capsys):  # noqa: F811
     tiny(workload(slow(5e-4), slow(5e-3), gates=[GUARD]))
     assert command.main(["--smoke"]) == 0
     assert "PASS" in capsys.readouterr().out
+
+
+def test_it_runs_on_one_thread_unless_told_otherwise(tiny):  # noqa: F811
+    seen = []
+    tiny(workload(lambda: seen.append(torch.get_num_threads()) or 1.0, slow(5e-3), gates=[GUARD]))
+    for arguments, threads in ((["--smoke"], 1), (["--smoke", "--threads", "2"], 2)):
+        seen.clear()
+        command.main(arguments)
+        assert set(seen) == {threads}
 
 
 def test_it_fails_for_a_slow_candidate_after_a_second_try(tiny, capsys):  # noqa: F811

@@ -111,13 +111,13 @@ LARGE_GATES = (
     Gate(EAGER, OURS, 20.0, smoke=4.0),
     Gate(COMPILED, OURS, 8.0),
     Gate(NUMBA, OURS, 4.0),
-    Gate(COPY, OURS, 0.6, smoke=0.08, view="cold"),
+    Gate(COPY, OURS, 0.6, smoke=0.07, view="cold"),
     Gate(EAGER, OURS, 10.0, view="device", device="cuda"),
     Gate(COMPILED, OURS, 2.5, view="device", device="cuda"),
     Gate(COPY, OURS, 0.8, view="cold", device="cuda"),
 )
 TOKEN_GATES = (
-    Gate(COPY, OURS, 0.85, smoke=0.05, view="cold"),
+    Gate(COPY, OURS, 0.85, smoke=0.04, view="cold"),
     Gate(COPY, OURS, 0.85, view="cold", device="cuda"),
 )
 

@@ -99,7 +99,7 @@ SUITE = (
         Workload(
             f"the whole step, {list(STEP_SHAPE)}, {'with' if noon else 'without'} Noon",
             functools.partial(build_step, shape=STEP_SHAPE, noon=noon),
-            gates(STEP, 1.0),
+            gates(STEP, 0.7),
         )
         for noon in (True, False)
     ),
