@@ -2,12 +2,14 @@
 # make test        set up, build, and test what needs no GPU
 # make test-wheel  the same on the built wheel, without the checkout
 # make lint        formatters, linters, types
-# make bench       cost of a call beside the alternatives
+# make bench       measure every suite, write bench/records, and from them the README's figures: [SUITES="combine gae"]
+# make bench-smoke ratios of a few cheap workloads against wide bounds
 # make gpu-check   on a machine with a CUDA device, with its own Python: [STAGES="build tests"] [OUT=folder] [COMMIT=...]
 
 PYTHON ?= python3
 OUT ?= bench/records
 STAGES ?=
+SUITES ?= combine groups gae min_norm loss scaling
 COMMIT ?=
 
 VENV := .venv
@@ -16,7 +18,7 @@ READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: venv build demo test test-wheel lint bench gpu-check clean
+.PHONY: venv build demo test test-wheel lint bench bench-smoke gpu-check clean
 .DEFAULT_GOAL := build
 
 venv: $(READY)
@@ -54,12 +56,13 @@ test-wheel: $(READY)
 lint: $(BUILT)
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
 
+# A process for each suite: what one imports cannot slow another.
 bench: $(BUILT)
-	$(BIN)/python -m bench.latency --json bench/records/latency-cpu.json
-	$(BIN)/python -m bench.groups --json bench/records/groups-cpu.json
-	$(BIN)/python -m bench.gae --json bench/records/gae-cpu.json
-	$(BIN)/python -m bench.min_norm --json bench/records/min-norm-cpu.json
-	$(BIN)/python -m bench.loss --json bench/records/loss-cpu.json
+	set -e; for suite in $(SUITES); do $(BIN)/python -m bench $$suite; done
+	$(BIN)/python -m bench.report
+
+bench-smoke: $(BUILT)
+	$(BIN)/python -m bench --smoke
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT) $(if $(STAGES),--stages $(STAGES)) $(if $(COMMIT),--commit $(COMMIT))

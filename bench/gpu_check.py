@@ -1,34 +1,33 @@
 """Build, test, sanitise and time the package on a machine with a CUDA device: ``make gpu-check``.
 
-Every stage is a command of its own; a stage that fails does not stop the others. One record is written in any case:
-the machine, the commit, each stage's exit status, seconds and last line (all of its last lines if it failed), and the
-latency tables. Needs no network and no virtual environment: it uses what the Python that runs it has installed.
+Every stage is a command of its own; a stage that fails does not stop the others. A record is written in any case: the
+machine, the commit, each stage's exit status, seconds and last line (all of its last lines if it failed). Each suite of
+benchmarks is a stage, whose own record lies beside it. Needs no network and no virtual environment: it uses what the
+Python that runs it has installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench import timer
+from bench import suites
+from bench.__main__ import write
+from bench.environment import RECORDS, ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[1]
-RECORDS = ROOT / "bench" / "records"
 WHOLE_S = 510  # all stages together
 TAIL_LINES = 80  # kept of a stage that failed
-BENCHMARKS = ("latency", "gae", "loss")
+BENCH_S = 1.0  # for one view of one workload: with nobody else on the machine, times hardly vary
 NOT_FOUND = 127  # as a shell says it
 
 
@@ -41,17 +40,18 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def stages(folder: Path) -> dict[str, Stage]:
-    """All stages by name, in the order they run; the benchmarks write their records, by their names, to ``folder``."""
+def stages(out: Path, commit: str = "") -> dict[str, Stage]:
+    """All stages by name, in the order they run; suites of benchmarks write their records to ``out``."""
     python = sys.executable
     pytest = (python, "-m", "pytest", "-q", "-ra", "tests")
+    bench = ("--device", "cuda", "--seconds", str(BENCH_S), "--out", str(out.resolve()))
+    bench += ("--commit", commit) if commit else ()
     return {
         "build": Stage((python, "setup.py", "build_ext", "--inplace"), 240, {"PAMA_EXT_CUDA": "1"}),
         "tests": Stage(pytest, 240, {"PAMA_EXT_REQUIRE_CUDA": "1"}),
         **{tool: sanitizer(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")},
-        **{name: Stage((python, "-m", f"bench.{name}", "--device", "cuda", "--json", str(folder / f"{name}.json")), 180)
-           for name in BENCHMARKS},
-    }  # fmt: skip
+        **{name: Stage((python, "-m", "bench", name, *bench), 420) for name in suites.NAMES},
+    }
 
 
 def sanitizer(tool: str) -> Stage:
@@ -115,23 +115,19 @@ def record_name(header: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the stages asked for, write the record and return 0 if all of them passed, else 1."""
-    with tempfile.TemporaryDirectory() as folder:
-        known = stages(Path(folder))
-        parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-        parser.add_argument(
-            "--stages", nargs="+", choices=known, default=known, metavar="STAGE", help=f"of {', '.join(known)}"
-        )
-        parser.add_argument("--out", type=Path, default=RECORDS, help="folder for the record")
-        parser.add_argument("--commit", help="commit to record where there is no repository")
-        options = parser.parse_args(arguments)
+    names = tuple(stages(RECORDS))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE",
+                        help=f"of {', '.join(names)}")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=RECORDS, help="folder for the records")
+    parser.add_argument("--commit", default="", help="commit to record where there is no repository")
+    options = parser.parse_args(arguments)
 
-        header = timer.environment("cuda")
-        header["commit"] = options.commit or header["commit"]
-        entries = check({name: stage for name, stage in known.items() if name in options.stages})
-        written = {name: Path(folder) / f"{name}.json" for name in BENCHMARKS}
-        records = {name: json.loads(path.read_text()) if path.exists() else None for name, path in written.items()}
-
-    timer.write_json(options.out / record_name(header), {"header": header, "stages": entries, **records})
+    header = environment("cuda")
+    header["commit"] = options.commit or header["commit"]
+    known = stages(options.out, options.commit)
+    entries = check({name: stage for name, stage in known.items() if name in options.stages})
+    write(options.out / record_name(header), {"header": header, "stages": entries})
     for entry in entries:
         verdict = "FAIL" if entry["status"] else "pass"
         print(f"{verdict}  {entry['stage']:<10} {entry['seconds']:6.1f} s  {entry['summary'][:90]}")

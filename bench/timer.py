@@ -1,4 +1,4 @@
-"""Timing of several candidates in one interleaved run, and the header that every benchmark record carries.
+"""Timing of several candidates in one interleaved run, with caches warm or cold.
 
 Machines change speed for minutes at a time, so a time by itself says little. Candidates take turns in short blocks,
 and what is reported besides the quantiles of each is the median of the ratios taken round by round.
@@ -7,27 +7,24 @@ and what is reported besides the quantiles of each is the median of the ratios t
 from __future__ import annotations
 
 import gc
-import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any
 
 import torch
+
+from bench import environment
 
 Call = Callable[[], object]
 Clock = Callable[[Call, int], float]  # (call, how many times) -> seconds for all of them
 Times = dict[str, list[float]]  # seconds per call of each candidate, one entry per round
 
 SETTLE_S = 0.01  # OpenMP workers spin for about 8 ms after a parallel region and would slow the next candidate
+LONG_S = 0.01  # a call that long is not helped by a warm cache
+SLOW_S = 0.1  # calls that long get the fewest rounds, so that they do not use up the time of all others
 CUDA_CALLS = 8  # per block: few enough that the launch queue never fills and the host never waits for the device
 GRAPH_CALLS = 20  # captured into one CUDA graph
+SWEPT_CACHES = {"cpu": 2, "cuda": 4}  # how many times the last cache is read over; on CUDA long enough for a launch
 
 
 def host_clock(call: Call, calls: int) -> float:
@@ -44,19 +41,51 @@ def host_clock(call: Call, calls: int) -> float:
         _synchronize()
 
 
-def device_clock(replay: Call, calls: int) -> float:
-    """Seconds the device spends in ``calls`` replays of a CUDA graph."""
+def device_clock(call: Call, calls: int) -> float:
+    """Seconds between two events of the CUDA stream, around ``calls`` calls or replays of a graph."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
-        replay()
+        call()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
 
 
-def graph_replay(call: Call) -> Call:
-    """The replay of a CUDA graph that holds ``GRAPH_CALLS`` calls."""
+def cold(clock: Clock, sweep: Call) -> Clock:
+    """A clock that calls ``sweep`` before each call, outside of what it times."""
+
+    def swept(call: Call, calls: int) -> float:
+        total = 0.0
+        for _ in range(calls):
+            sweep()
+            total += clock(call, 1)
+        return total
+
+    return swept
+
+
+def cache_sweep(device: str) -> Call:
+    """What empties the caches: it reads more memory than the last one holds.
+
+    Reading leaves clean lines; after writing, the call that is timed would pay for their way to memory. On CUDA the
+    sweep is queued in front of the call, and takes longer than the host needs to queue that, so nothing waits for it.
+    On the CPU, the threads that swept come to rest before the call.
+    """
+    size = SWEPT_CACHES[device] * environment.cache_bytes(device)
+    memory = torch.ones(size // 4, device=device)
+    if device == "cuda":
+        return memory.sum
+
+    def sweep() -> None:
+        memory.sum()
+        time.sleep(SETTLE_S)
+
+    return sweep
+
+
+def graph_replay(call: Call, calls: int = GRAPH_CALLS) -> Call:
+    """The replay of a CUDA graph that holds ``calls`` calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -64,7 +93,7 @@ def graph_replay(call: Call) -> Call:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for _ in range(GRAPH_CALLS):
+        for _ in range(calls):
             call()
     return graph.replay
 
@@ -78,6 +107,7 @@ def interleave(
     max_calls: int = 1000,
     rounds: tuple[int, int] = (5, 300),
     settle_s: float = 0.0,
+    lead: bool = True,
 ) -> Times:
     """Time the candidates in turn, round after round, each starting one place later than the round before.
 
@@ -89,36 +119,43 @@ def interleave(
         max_calls: most calls in a block.
         rounds: fewest and most rounds.
         settle_s: pause before each block, seconds.
+        lead: whether a short call is made once, untimed, before its block: what the candidate before left in the
+            caches is not its fault.
 
     Returns:
-        Seconds per call of each candidate, one entry per round: entry r of all candidates belongs together.
+        Seconds per call of each candidate, one entry per round: entry r of all candidates belongs together. Slow ones
+        take part in the first rounds only.
     """
-    once = {name: min(clock(call, 1) for _ in range(2)) for name, call in candidates.items()}
+    whole, once = {}, {}
+    for name, call in candidates.items():
+        start = time.perf_counter()
+        once[name] = min(clock(call, 1) for _ in range(2))
+        whole[name] = (time.perf_counter() - start) / 2  # with what the clock does besides
     calls = {name: max(1, min(max_calls, round(block_s / max(seconds, 1e-9)))) for name, seconds in once.items()}
-    round_s = sum(once[name] * (calls[name] + 1) + settle_s for name in candidates)
-    repeats = max(rounds[0], min(rounds[1], round(budget_s / round_s)))
+    led = {name for name in candidates if lead and once[name] < LONG_S}
+    slow = [name for name in candidates if once[name] > SLOW_S]
+    cost = {name: whole[name] + once[name] * (calls[name] - 1 + (name in led)) + settle_s for name in candidates}
+    slow_s, others_s = sum(cost[name] for name in slow), sum(cost[name] for name in candidates if name not in slow)
+    left_s = budget_s - rounds[0] * slow_s
+    repeats = max(rounds[0], min(rounds[1], round(left_s / others_s))) if others_s else rounds[0]
 
     names = list(candidates)
     times: Times = {name: [] for name in names}
     for r in range(repeats):
         first = r % len(names)
         for name in names[first:] + names[:first]:
+            if name in slow and r >= rounds[0]:
+                continue
             time.sleep(settle_s)
-            clock(candidates[name], 1)  # untimed: what the candidate before left in the caches is not its fault
+            if name in led:
+                clock(candidates[name], 1)
             times[name].append(clock(candidates[name], calls[name]) / calls[name])
     return times
 
 
-def interleave_device(candidates: Mapping[str, Call], *, budget_s: float) -> Times:
-    """As :func:`interleave`, in seconds of the device alone: back to back in a CUDA graph, without the host."""
-    replays = {name: graph_replay(call) for name, call in candidates.items()}
-    times = interleave(replays, budget_s=budget_s, clock=device_clock)
-    return {name: [seconds / GRAPH_CALLS for seconds in per_replay] for name, per_replay in times.items()}
-
-
 def ratio(times: Times, name: str, base: str) -> float:
-    """Median over the rounds of how many times as long ``name`` took as ``base``."""
-    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+    """Median, over the rounds of both, of how many times as long ``name`` took as ``base``."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=False))
 
 
 def quantiles(seconds: list[float]) -> dict[str, float]:
@@ -127,59 +164,6 @@ def quantiles(seconds: list[float]) -> dict[str, float]:
     return {f"p{p}_us": ordered[round(p / 100 * (len(ordered) - 1))] * 1e6 for p in (20, 50, 80)}
 
 
-def environment(device: str) -> dict[str, Any]:
-    """Where and with what a record was made: device, CPU, driver, CUDA, torch, python, commit, date, threads, load."""
-    cuda = device == "cuda" and torch.cuda.is_available()
-    driver = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "cpu": _cpu_model(),
-        "driver": _output(*driver).partition("\n")[0] if cuda else "",
-        "cuda": torch.version.cuda or "",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),  # times of threaded calls mean little where others hold the cores
-    }
-
-
-def commit() -> str:
-    """The commit checked out, with "-dirty" if tracked files differ from it; "unknown" outside a repository."""
-    return _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*") or "unknown"
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """Plain text with aligned columns: the first to the left, the others to the right."""
-    cells = [columns, *rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Write a record, making its folder if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"record: {path}", file=sys.stderr)
-
-
 def _synchronize() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _output(*command: str) -> str:
-    """What a command prints, or "" if it is missing or fails."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""

@@ -1,192 +1,209 @@
-"""The benchmark's baselines compute what they claim to, its clock and gates judge right, and a failed stage is told."""
+"""The runner verifies before it times, counts bytes, judges both ways and writes its record; the smoke test fails."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 import time
 
 import pytest
 import torch
 
-from bench import baselines, gpu_check, latency, sanitize, timer
-from pama_ext import _C, reference
+from bench import __main__ as command
+from bench import runner, suites, timer
+from bench.workload import COPY, Candidate, Case, Gate, Growth, Workload
+from pama_ext import _C
 
-NUMBA = importlib.util.find_spec("numba") is not None
-TINY = latency.Workload((6, 5, 3))
-
-
-def awkward(shape=(9, 7, 3)):
-    """NaN and inf behind the mask and before it, one objective that is all NaN."""
-    advantages, options = sanitize.inputs(shape, torch.float32)
-    advantages[..., -1] = torch.nan
-    return advantages, options
+OURS, THEIRS = "ours", "theirs"
+BIG = {"input": runner.COLD_BYTES, "output": runner.COLD_BYTES}
 
 
-def check_baseline(function, advantages, options):
-    expected = reference.combine(advantages, **options)
-    combined, weights, value, stats = function(advantages, **options)
-    torch.testing.assert_close(combined, expected.advantages)
-    torch.testing.assert_close(torch.as_tensor(weights).float(), expected.weights)
-    torch.testing.assert_close(torch.as_tensor(value).float(), expected.value)
-    for name, ours, theirs in zip(expected.stats._fields[:-1], stats, expected.stats, strict=False):
-        torch.testing.assert_close(torch.as_tensor(ours).float(), theirs, msg=lambda text, n=name: f"{n}: {text}")
+def workload(ours=lambda: 1.0, theirs=lambda: 1.0, *, moved=None, gates=(), **options):
+    def check(result):
+        assert result == 1.0, f"{result} is not 1"
 
+    def build(device):
+        found = {
+            OURS: Candidate(ours, check),
+            THEIRS: Candidate(theirs, check, compiles=options.get("compiles", False)),
+        }
+        return Case(found, moved or {}, {"error": {THEIRS: 0.25}})
 
-@pytest.mark.parametrize("present", [(), ("mask",), ("log_ratio",), ("mask", "log_ratio")])
-def test_eager_baseline_is_the_reference(present):
-    advantages, options = awkward()
-    if "mask" not in present:
-        advantages = torch.where(options["mask"][..., None], advantages, torch.inf)
-    check_baseline(baselines.eager, advantages, {name: options[name] for name in present})
-
-
-@pytest.mark.skipif(not NUMBA, reason="numba is not installed")
-@pytest.mark.parametrize("shape", [(9, 7, 3), (256, 100, 3)], ids=["sequential", "parallel"])
-def test_numba_baseline_is_the_reference(shape, threads):
-    from bench.numba_loop import numba_loop
-
-    check_baseline(numba_loop, *awkward(shape))
-    if threads > 1 and shape[0] > 9:
-        import numba
-
-        assert numba.threading_layer()  # raises if no parallel loop ever ran
-
-
-def test_specification_and_custom_op_are_the_reference():
-    advantages, options = awkward()
-    check_baseline(baselines.specification, advantages, options)
-    clean = torch.randn(4, 2)
-    torch.testing.assert_close(baselines.custom_op(clean), reference.combine(clean).advantages)
-
-
-def test_interleave_tells_slow_from_fast():
-    times = timer.interleave({"1 ms": lambda: time.sleep(1e-3), "3 ms": lambda: time.sleep(3e-3)}, budget_s=0.05)
-    assert len(times["1 ms"]) == len(times["3 ms"]) >= 5
-    assert 1.5 < timer.ratio(times, "3 ms", "1 ms") < 4
-    assert timer.ratio(times, "1 ms", "1 ms") == 1
-
-
-def test_ratio_pairs_rounds():
-    assert timer.ratio({"a": [2.0, 20.0, 200.0], "b": [1.0, 10.0, 100.0]}, "a", "b") == 2
-
-
-def test_quantiles_are_in_microseconds():
-    assert timer.quantiles([s * 1e-6 for s in range(11)]) == pytest.approx({"p20_us": 2, "p50_us": 5, "p80_us": 8})
-
-
-def test_gates_judge():
-    times = {TINY: {"a": [3.0], "b": [1.0]}}
-    assert latency.Gate(TINY, "a", "b", 3.0).judge(times).startswith("PASS")
-    assert latency.Gate(TINY, "a", "b", 3.1).judge(times).startswith("MISS")
-    assert latency.Gate(TINY, "a", "b", 3.0, at_most=True).judge(times).startswith("PASS")
-    assert latency.Gate(TINY, "a", "b", 2.9, at_most=True).judge(times).startswith("MISS")
-    assert latency.Gate(TINY, "a", "c", 2.0).judge(times).endswith("not measured")
-
-
-def test_every_gate_names_candidates_that_exist():
-    names = {w: set(latency.candidates(w, "cpu", compiled=False)) for w in {gate.workload for gate in latency.GATES}}
-    for gate in latency.GATES:
-        assert {gate.name, gate.base} - names[gate.workload] <= (set() if NUMBA else {latency.NUMBA})
-
-
-def test_verification_stops_a_wrong_candidate():
-    expected = reference.combine(torch.randn(4, 2).double())
-    latency.verify("right", expected.advantages, expected)
-    for wrong in (expected.advantages + 1, expected.advantages * torch.nan):
-        with pytest.raises(SystemExit, match="wrong: combined differ"):
-            latency.verify("wrong", wrong, expected)
-
-
-def test_latency_writes_its_record(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(latency, "WORKLOADS", (latency.HOST, TINY))
-    monkeypatch.setattr(latency, "THREADS_FROM", TINY.shape[0])
-    monkeypatch.setattr(latency, "QUICK_S", 0.01)
-    latency.main(["--quick", "--json", str(tmp_path / "new" / "record.json")])
-    record = json.loads((tmp_path / "new" / "record.json").read_text())
-    assert {"device", "cpu", "driver", "cuda", "torch", "python", "commit", "date", "threads", "load"} == set(
-        record["header"]
+    return Workload(
+        "a workload", build, tuple(gates), quick=options.get("quick", True), device=options.get("device", "")
     )
-    assert [table["workload"] for table in record["tables"]] == [str(latency.HOST), str(TINY)]
-    rows = {row["candidate"]: row for row in record["tables"][1]["rows"]}
-    assert rows["combine"]["p20_us"] <= rows["combine"]["p50_us"] <= rows["combine"]["p80_us"]
-    assert rows["combine"]["/ combine"] == 1
-    assert len(record["gates"]) == len(latency.GATES)
-    assert "% of copy" in capsys.readouterr().out
+
+
+def run(*workloads, **options):
+    return runner.run("tiny", workloads, "cpu", budget_s=0.01, **options)
+
+
+def test_a_wrong_candidate_is_not_timed(monkeypatch):
+    monkeypatch.setattr(timer, "interleave", lambda *a, **k: pytest.fail("timed"))
+    with pytest.raises(SystemExit, match=r"a workload: theirs: 1\.5 is not 1"):
+        run(workload(theirs=lambda: 1.5))
+
+
+def test_what_cannot_run_here_is_left_out_but_not_our_own(capsys):
+    def fails():
+        raise RuntimeError("no such device")
+
+    record = run(workload(theirs=fails, gates=[Gate(THEIRS, OURS, 2.0)]))
+    assert [row["candidate"] for row in record["workloads"][0]["rows"]] == [OURS]
+    assert record["gates"][0]["verdict"] == "not measured"
+    assert "theirs is left out: RuntimeError: no such device" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no such device"):
+        run(workload(fails))
+
+
+def test_the_record_of_a_run(capsys):
+    gates = (Gate(THEIRS, OURS, 2.0), Gate(THEIRS, OURS, 1e6), Gate(THEIRS, OURS, 2.0, device="cuda"))
+    record = run(workload(theirs=lambda: time.sleep(1e-3) or 1.0, gates=gates))
+    assert record["suite"] == "tiny" and record["header"]["torch"] == torch.__version__
+    (entry,) = record["workloads"]
+    ours, theirs = entry["rows"]
+    assert [row["candidate"] for row in entry["rows"]] == [OURS, THEIRS]
+    assert ours["ratio"] == 1 and theirs["ratio"] > 100 and theirs["error"] == 0.25
+    for row in entry["rows"]:
+        assert row["side"] == "host" and row["cache"] == "warm" and row["rounds"] >= 5
+        assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+    assert [gate["verdict"] for gate in record["gates"]] == ["PASS", "MISS"]
+    assert record["gates"][0] == record["gates"][1] | {"bound": 2.0, "verdict": "PASS"}
+    printed = capsys.readouterr().out
+    assert "p50 µs" in printed and "theirs / ours >= 2:" in printed and "MISS" in printed
+    json.dumps(record)
+
+
+def test_cold_caches_and_the_copy_come_with_the_bytes():
+    (entry,) = run(workload(moved=BIG))["workloads"]
+    rows = {(row["candidate"], row["cache"]): row for row in entry["rows"]}
+    assert rows.keys() == {(name, cache) for name in (OURS, THEIRS, COPY) for cache in ("warm", "cold")}
+    for row in rows.values():
+        assert row["gb_per_s"] == pytest.approx(2 * runner.COLD_BYTES / row["p50_us"] / 1e3, rel=1e-3)
+    assert rows[COPY, "cold"]["share_of_copy"] == 1 and rows[OURS, "warm"]["share_of_copy"] > 1
+    (entry,) = run(workload(moved={"input": 64}))["workloads"]
+    assert {row["candidate"] for row in entry["rows"]} == {OURS, THEIRS}
+    assert all("gb_per_s" not in row and row["cache"] == "warm" for row in entry["rows"])
+
+
+def test_the_copy_moves_as_many_bytes():
+    case = runner.prepare(workload(moved=BIG), "cpu", lambda *_: True)
+    target = case.candidates[COPY].call()
+    assert 2 * target.numel() * target.element_size() == 2 * runner.COLD_BYTES
+
+
+def test_long_calls_are_not_timed_cold(monkeypatch):
+    monkeypatch.setattr(runner, "COLD_LIMIT_S", 0.02)
+    (entry,) = run(workload(theirs=lambda: time.sleep(0.03) or 1.0, moved=BIG))["workloads"]
+    assert {row["candidate"] for row in entry["rows"] if row["cache"] == "cold"} == {OURS, COPY}
+
+
+def test_a_quick_run_compiles_nothing_and_leaves_out_what_is_large():
+    def never():
+        pytest.fail("called")
+
+    record = run(workload(never, never, quick=False), workload(theirs=never, compiles=True), quick=True)
+    (entry,) = record["workloads"]
+    assert [row["candidate"] for row in entry["rows"]] == [OURS]
+    assert run(workload(never, never, device="cuda"))["workloads"] == []
+
+
+TIMES = {"host": {"slow": [9.0, 3.0, 8.0], "fast": [3.0, 1.0, 2.0]}}
+
+
+@pytest.mark.parametrize(
+    ("gate", "verdict", "value"),
+    [
+        (Gate("slow", "fast", 3.0), "PASS", 3.0),
+        (Gate("slow", "fast", 3.1), "MISS", 3.0),
+        (Gate("slow", "fast", 3.0, at_most=True), "PASS", 3.0),
+        (Gate("slow", "fast", 2.9, at_most=True), "MISS", 3.0),
+        (Gate("slow", "nobody", 3.0), "not measured", None),
+        (Gate("slow", "fast", 3.0, view="cold"), "not measured", None),
+        (Growth("slow", "fast", 1.6, at_most=True, units={"slow": 4, "fast": 2}), "PASS", 1.5),
+        (Growth("slow", "fast", 1.4, at_most=True, units={"slow": 4, "fast": 2}), "MISS", 1.5),
+    ],
+)
+def test_gates_judge(gate, verdict, value):
+    judged = runner.judge(gate, TIMES, gate.bound)
+    assert (judged["verdict"], judged["value"]) == (verdict, value)
+
+
+def test_gates_say_what_they_judge():
+    assert runner.said(runner.judge(Gate("slow", "fast", 4.0), TIMES, 4.0)) == "slow / fast >= 4: 3"
+    assert Gate(COPY, "fast", 0.6, view="cold").text == "share of a copy's bandwidth, cold caches"
+    assert Growth("a", "b", 1.3, unit="element").text == "time per element, largest / smallest"
+
+
+@pytest.fixture
+def imitated(monkeypatch):
+    """What runs on CUDA, run on the CPU: graphs are loops, a call that "synchronises" cannot be captured."""
+
+    def graph_replay(call, calls=timer.GRAPH_CALLS):
+        if call.__name__ == "synchronises":
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return lambda: [call() for _ in range(calls)]
+
+    monkeypatch.setattr(timer, "graph_replay", graph_replay)
+    monkeypatch.setattr(timer, "device_clock", timer.host_clock)
+    monkeypatch.setattr(timer, "cache_sweep", lambda device: lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+@pytest.mark.usefixtures("imitated")
+def test_cuda_is_timed_three_ways(capsys):
+    def synchronises():
+        time.sleep(1e-3)
+
+    candidates = {
+        OURS: Candidate(lambda: time.sleep(1e-3), lambda result: None),
+        THEIRS: Candidate(synchronises, lambda result: None),
+        "host only": Candidate(lambda: time.sleep(1e-3), graph=False),
+    }
+    case = Case(candidates, BIG)
+    found = runner.measure(case, "cuda", 0.01)
+    assert list(found) == ["host", "device", "cold"]
+    for times in found.values():
+        assert times.keys() == candidates.keys()
+        for name in candidates:  # of one call each, not of a graph
+            assert 0.9e-3 < min(times[name]) < 10e-3
+    assert "theirs: timed as calls" in capsys.readouterr().err
+    sides = {(row["side"], row["cache"]): row for row in runner.rows(case, found, "cuda")}
+    assert sides.keys() == {("host", "warm"), ("device", "warm"), ("device", "cold")}
 
 
 @pytest.mark.cuda
-def test_device_time_is_less_than_host_time():
-    runs = latency.measure(latency.SMALL, "cuda", compiled=False, budget_s=0.05)
-    assert timer.ratio(runs["host"], latency.EAGER, latency.OURS) > 1
-    assert 0 < min(runs["device"][latency.OURS]) < min(runs["host"]["reference"])
+def test_a_suite_on_cuda():
+    workloads = [w for w in suites.load("combine") if w.quick][:4]
+    record = runner.run("combine", workloads, "cuda", budget_s=0.05, quick=True)
+    rows = {(row["candidate"], row["side"]): row for row in record["workloads"][1]["rows"]}
+    assert rows["eager PyTorch", "host"]["ratio"] > 1
+    assert 0 < rows["combine", "device"]["p50_us"] < rows["reference", "host"]["p50_us"]
 
 
-def test_sanitizer_program_runs(capsys):
-    sanitize.main(["--device", "cpu"])
-    assert "agree with the reference" in capsys.readouterr().out
+@pytest.fixture
+def tiny(monkeypatch):
+    """The suites replaced by one with the workload given to it."""
+    monkeypatch.setattr(timer, "SETTLE_S", 1e-3)
+
+    def use(*workloads):
+        monkeypatch.setattr(suites, "NAMES", ("tiny",))
+        monkeypatch.setattr(suites, "load", lambda name: workloads)
+
+    return use
 
 
-@pytest.mark.parametrize("value", [torch.nan, 1.5])
-def test_sanitizer_program_notices(value):
-    with pytest.raises(SystemExit, match="weights: off by"):
-        sanitize.compare("weights", torch.tensor([value]), torch.ones(1), torch.float32)
-
-
-def stage(code, limit_s=60.0, **environment):
-    return gpu_check.Stage((sys.executable, "-c", code), limit_s, environment)
-
-
-def test_gpu_check_records_what_failed(tmp_path, monkeypatch, capsys):
-    fakes = {
-        "good": stage("import os; print('switch', os.environ['SWITCH'])", SWITCH="1"),
-        "bad": stage("print('first'); raise SystemExit('the reason')"),
-        "slow": stage("import time; time.sleep(60)", limit_s=0.5),
-        "missing": gpu_check.Stage(("no-such-program",), 60),
-        "not chosen": stage("raise SystemExit('never')"),
-    }
-    monkeypatch.setattr(gpu_check, "stages", lambda _: fakes)
-    arguments = ["--out", str(tmp_path), "--commit", "abc/123", "--stages"]
-    assert gpu_check.main([*arguments, "good", "bad", "slow", "missing"]) == 1
-    (path,) = tmp_path.iterdir()
-    assert path.name.endswith("_abc-123.json")
-    record = json.loads(path.read_text())
-    good, bad, slow, missing = record["stages"]
-    assert good["status"] == 0 and good["summary"] == "switch 1" and "output" not in good
-    assert bad["status"] == 1 and bad["output"] == ["first", "the reason"]
-    assert slow["status"] != 0 and slow["seconds"] < 30 and "killed" in slow["summary"]
-    assert missing["status"] == gpu_check.NOT_FOUND
-    assert record["header"]["commit"] == "abc/123" and record["latency"] is None
-    assert "FAIL  bad" in capsys.readouterr().out
-    assert gpu_check.main([*arguments, "good"]) == 0
-
-
-def test_gpu_check_embeds_the_records_of_benchmarks(tmp_path, monkeypatch):
-    write = "open({!r}, 'w').write('[1]')"
-    monkeypatch.setattr(gpu_check, "stages", lambda to: {"gae": stage(write.format(str(to / "gae.json")))})
-    assert gpu_check.main(["--out", str(tmp_path)]) == 0
-    record = json.loads(next(tmp_path.iterdir()).read_text())
-    assert record["gae"] == [1]
-    assert record["latency"] is None
-
-
-def test_gpu_check_stops_in_time(monkeypatch):
-    monkeypatch.setattr(gpu_check, "WHOLE_S", 0.0)
-    (entry,) = gpu_check.check({"slow": stage("import time; time.sleep(60)")})
-    assert entry["status"] != 0
-
-
-def test_gpu_check_asks_for_cuda(tmp_path):
-    known = gpu_check.stages(tmp_path)
-    sanitizers = ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert list(known) == ["build", "tests", *sanitizers, "latency", "gae", "loss"]
-    assert known["tests"].environment == {"PAMA_EXT_REQUIRE_CUDA": "1"}
-    assert known["build"].environment == {"PAMA_EXT_CUDA": "1"}
+def test_the_command_writes_a_record(tmp_path, tiny, capsys):
+    tiny(workload())
+    arguments = ["--out", str(tmp_path / "new"), "--seconds", "0.01", "--commit", "abc"]
+    assert command.main([*arguments, "tiny"]) == command.main(arguments) == 0
+    record = json.loads((tmp_path / "new" / "tiny-cpu.json").read_text())
+    assert record["header"]["commit"] == "abc" and len(record["workloads"]) == 1
+    with pytest.raises(SystemExit):
+        command.main(["nonsense"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available() and bool(_C.cuda_architectures()), reason="there is a CUDA device")
-def test_latency_needs_the_device_it_is_asked_for(capsys):
+def test_the_command_needs_the_device_it_is_asked_for(capsys):
     with pytest.raises(SystemExit):
-        latency.main(["--device", "cuda", "--quick"])
+        command.main(["--device", "cuda", "--quick"])
     assert "no CUDA device" in capsys.readouterr().err

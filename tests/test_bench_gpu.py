@@ -1,0 +1,79 @@
+"""The check on a GPU machine tells a stage that failed, and the sanitiser's program notices a wrong kernel."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from bench import gpu_check, sanitize, suites
+
+
+def test_sanitizer_program_runs(capsys):
+    sanitize.main(["--device", "cpu"])
+    assert "agree with the reference" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [torch.nan, 1.5])
+def test_sanitizer_program_notices(value):
+    with pytest.raises(SystemExit, match="weights: off by"):
+        sanitize.compare("weights", torch.tensor([value]), torch.ones(1), torch.float32)
+
+
+def stage(code, limit_s=60.0, **environment):
+    return gpu_check.Stage((sys.executable, "-c", code), limit_s, environment)
+
+
+def test_gpu_check_records_what_failed(tmp_path, monkeypatch, capsys):
+    fakes = {
+        "good": stage("import os; print('switch', os.environ['SWITCH'])", SWITCH="1"),
+        "bad": stage("print('first'); raise SystemExit('the reason')"),
+        "slow": stage("import time; time.sleep(60)", limit_s=0.5),
+        "missing": gpu_check.Stage(("no-such-program",), 60),
+        "not chosen": stage("raise SystemExit('never')"),
+    }
+    monkeypatch.setattr(gpu_check, "stages", lambda *_: fakes)
+    arguments = ["--out", str(tmp_path), "--commit", "abc/123", "--stages"]
+    assert gpu_check.main([*arguments, "good", "bad", "slow", "missing"]) == 1
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("_abc-123.json")
+    record = json.loads(path.read_text())
+    good, bad, slow, missing = record["stages"]
+    assert good["status"] == 0 and good["summary"] == "switch 1" and "output" not in good
+    assert bad["status"] == 1 and bad["output"] == ["first", "the reason"]
+    assert slow["status"] != 0 and slow["seconds"] < 30 and "killed" in slow["summary"]
+    assert missing["status"] == gpu_check.NOT_FOUND
+    assert record["header"]["commit"] == "abc/123"
+    assert "FAIL  bad" in capsys.readouterr().out
+    assert gpu_check.main([*arguments, "good"]) == 0
+
+
+def test_suites_leave_their_records_beside_that_of_the_check(tmp_path, monkeypatch):
+    write = "import sys; open(sys.argv[-1] + '/gae-cuda.json', 'w').write('[1]')"
+
+    def stages(out, commit=""):
+        return {"gae": gpu_check.Stage((sys.executable, "-c", write, str(out)), 60)}
+
+    monkeypatch.setattr(gpu_check, "stages", stages)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "gae-cuda.json").read_text()) == [1]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_gpu_check_stops_in_time(monkeypatch):
+    monkeypatch.setattr(gpu_check, "WHOLE_S", 0.0)
+    (entry,) = gpu_check.check({"slow": stage("import time; time.sleep(60)")})
+    assert entry["status"] != 0
+
+
+def test_gpu_check_asks_for_cuda(tmp_path):
+    known = gpu_check.stages(tmp_path, "abc")
+    sanitizers = ["memcheck", "racecheck", "initcheck", "synccheck"]
+    assert list(known) == ["build", "tests", *sanitizers, *suites.NAMES]
+    assert known["tests"].environment == {"PAMA_EXT_REQUIRE_CUDA": "1"}
+    assert known["build"].environment == {"PAMA_EXT_CUDA": "1"}
+    command = " ".join(known["gae"].command)
+    for part in ("-m bench gae", "--device cuda", f"--out {tmp_path}", "--commit abc"):
+        assert part in command
