@@ -18,7 +18,7 @@ READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: venv build demo test test-wheel lint bench bench-smoke gpu-check clean
+.PHONY: venv build demo test test-wheel lint bench bench-smoke cuda-code gpu-check clean
 .DEFAULT_GOAL := build
 
 venv: $(READY)
@@ -63,6 +63,10 @@ bench: $(BUILT)
 
 bench-smoke: $(BUILT)
 	$(BIN)/python -m bench --smoke
+
+# Registers, spills and loads of the CUDA kernels on every architecture; needs nvcc, but no GPU.
+cuda-code: $(READY)
+	$(BIN)/python -m bench.cuda_code
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT) $(if $(STAGES),--stages $(STAGES)) $(if $(COMMIT),--commit $(COMMIT))

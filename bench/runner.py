@@ -17,6 +17,7 @@ import torch
 
 from bench import timer
 from bench.environment import environment
+from bench.tables import plain
 from bench.timer import Call, Times
 from bench.workload import COPY, VIEWS, Candidate, Case, Gate, Workload
 
@@ -183,10 +184,7 @@ def show(table: list[Row]) -> str:
         headings = [f"{side} time, caches {cache}, {' or '.join(map(str, rounds))} rounds"]
         headings += [HEADINGS.get(key, key) for key in keys]
         cells = [[row["candidate"], *(f"{row[key]:.4g}" if key in row else "" for key in keys)] for row in block]
-        widths = [max(map(len, column)) for column in zip(headings, *cells, strict=True)]
-        lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-                 for line in (headings, *cells)]  # fmt: skip
-        blocks.append("\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]))
+        blocks.append(plain(headings, cells))
     return "\n\n".join(blocks)
 
 

@@ -82,6 +82,13 @@ def markdown(headings: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], f"|{'---|' * len(kept)}", *lines[1:]])
 
 
+def plain(headings: list[str], rows: list[list[str]]) -> str:
+    """A table for a terminal: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in (headings, *rows)]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
 def time_text(row: Row | None) -> str:
     """The median with three digits, in µs or ms."""
     if not row:

@@ -23,6 +23,8 @@ constexpr int kSharedBytes = 8 * 1024;  // of each array
 struct At {
   int64_t row, col;
   __device__ At(const GaeParams& p, int64_t token) : row(p.rows == 1 ? 0 : token / p.cols), col(token - row * p.cols) {}
+  __device__ At(int64_t row_, int64_t col_) : row(row_), col(col_) {}
+  __device__ At behind(int64_t tokens) const { return At(row, col + tokens); }  // in the same sequence, so the same row
   __device__ int64_t in(const Plane& q) const { return row * q.row + col * q.col; }
 };
 
@@ -80,18 +82,19 @@ __device__ unsigned scan_warp(bool valid, C reward, C value, C gamma, C decay, C
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads) gae_warp_kernel(const __grid_constant__ GaeParams p) {
+__global__ void __launch_bounds__(kThreads, 4) gae_warp_kernel(const __grid_constant__ GaeParams p) {
   const int64_t sequence = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
   if (sequence >= p.sequences) return;
   const int lane = threadIdx.x % 32;
   const int64_t begin = p.start(sequence), end = p.start(sequence + 1);
+  const At start(p, begin);
   for (int i = 0; i < p.n; ++i) {
     const C gamma = static_cast<C>(p.gamma[i]), decay = static_cast<C>(p.gamma[i] * p.lam[i]);
     C carry = static_cast<C>(p.last_term(i, sequence));
     for (int64_t to = end; to > begin; to -= 32) {
       const int64_t token = to - 32 + lane;
       const bool inside = token >= begin;
-      const At at(p, inside ? token : begin);
+      const At at = start.behind(inside ? token - begin : 0);
       const bool valid = inside && is_valid(p, at);
       C reward{0}, value{0}, a, b;
       if (valid) load_token(p, at, i, reward, value);
@@ -109,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) gae_warp_kernel(const __grid_constan
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads) gae_block_kernel(const __grid_constant__ GaeParams p) {
+__global__ void __launch_bounds__(kThreads, 4) gae_block_kernel(const __grid_constant__ GaeParams p) {
   constexpr int kSlots = kSharedBytes / static_cast<int>(sizeof(C)), kSegments = kSlots / 32;
   __shared__ C rewards[kSlots], values[kSlots], factors[kSlots];  // rewards become b, factors are a
   __shared__ bool valid[kSlots], any[kSegments];
@@ -123,6 +126,7 @@ __global__ void __launch_bounds__(kThreads) gae_block_kernel(const __grid_consta
   const int chunk = (kSlots / n - 1) / 32 * 32, stride = chunk + 1;  // odd: no bank conflicts across objectives
   const int lane = threadIdx.x % 32;
   const int64_t begin = p.start(sequence), end = p.start(sequence + 1);
+  const At start(p, begin);
   const bool objectives_adjacent = p.advantages.objective == 1;
   if (threadIdx.x < n) carry[threadIdx.x] = static_cast<C>(p.last_term(first + threadIdx.x, sequence));
 
@@ -130,12 +134,12 @@ __global__ void __launch_bounds__(kThreads) gae_block_kernel(const __grid_consta
     const int64_t from = to - chunk > begin ? to - chunk : begin;
     const int count = static_cast<int>(to - from), segments = (count + 31) / 32, padded = segments * 32;
     __syncthreads();  // the chunk before is still being written
-    for (int k = threadIdx.x; k < padded; k += kThreads) valid[k] = k < count && is_valid(p, At(p, from + k));
+    for (int k = threadIdx.x; k < padded; k += kThreads) valid[k] = k < count && is_valid(p, start.behind(from - begin + k));
     __syncthreads();
     for (int e = threadIdx.x; e < padded * n; e += kThreads) {
       const int k = objectives_adjacent ? e / n : e % padded, i = objectives_adjacent ? e % n : e / padded;
       C reward{0}, value{0};
-      if (valid[k]) load_token(p, At(p, from + k), first + i, reward, value);
+      if (valid[k]) load_token(p, start.behind(from - begin + k), first + i, reward, value);
       rewards[i * stride + k] = reward;
       values[i * stride + k] = value;
     }
@@ -171,7 +175,7 @@ __global__ void __launch_bounds__(kThreads) gae_block_kernel(const __grid_consta
       const int k = objectives_adjacent ? e / n : e % count, i = objectives_adjacent ? e % n : e / count;
       const int at = i * stride + k;
       const C advantage = rewards[at] + factors[at] * carries[i * segments + k / 32];
-      const At token(p, from + k);
+      const At token = start.behind(from - begin + k);
       store(p, p.advantages, token, first + i, valid[k] ? advantage : C{0});
       store(p, p.returns, token, first + i, valid[k] ? advantage + values[at] : C{0});
     }

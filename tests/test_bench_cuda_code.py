@@ -1,0 +1,48 @@
+"""The machine code of the CUDA kernels: nothing spilled, registers as expected, 16-byte loads; and that this is noticed."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+
+import pytest
+
+from bench import cuda_code
+
+pytestmark = pytest.mark.skipif(not cuda_code.complete(), reason="no nvcc, cuobjdump, nvdisasm or c++filt")
+SOURCES = cuda_code.ROOT / "csrc/cuda"
+
+
+def test_there_is_nothing_to_complain_of():
+    kernels = cuda_code.survey(["90"])
+    assert {k.name: k.complaints() for k in kernels if k.complaints()} == {}
+    for pattern in cuda_code.LIMITS:
+        assert any(re.search(pattern, kernel.name) for kernel in kernels), f"{pattern} limits nothing"
+
+
+def test_spills_are_noticed(tmp_path):
+    crowded = shutil.copytree(SOURCES, tmp_path / "cuda")
+    kernels = (crowded / "value_loss.cu").read_text()
+    assert "(kThreads, kBlocksPerSM)" in kernels
+    (crowded / "value_loss.cu").write_text(kernels.replace("(kThreads, kBlocksPerSM)", "(kThreads, 8)"))
+    complaints = [c for kernel in cuda_code.kernels_of(crowded / "value_loss.cu", "90") for c in kernel.complaints()]
+    assert any("spilled" in complaint for complaint in complaints)
+    assert any("local memory" in complaint for complaint in complaints)
+
+
+def test_narrow_loads_are_noticed(tmp_path):
+    narrow = shutil.copytree(SOURCES, tmp_path / "cuda")
+    tile = (narrow / "tile.cuh").read_text()
+    assert "kBytes = 16;" in tile
+    (narrow / "tile.cuh").write_text(tile.replace("kBytes = 16;", "kBytes = 8;"))
+    for kernel in cuda_code.kernels_of(narrow / "combine.cu", "90"):
+        assert any("loads of 16 bytes" in complaint for complaint in kernel.complaints()), kernel
+
+
+def test_limits_are_limits():
+    kernel = cuda_code.Kernel("90", "gae_warp_kernel<float>", 64, 0, 0, 0, 0)
+    assert kernel.complaints() == []
+    for change, word in (({"registers": 65}, "registers"), ({"stack": 8}, "stack"), ({"local_accesses": 1}, "local"),
+                         ({"name": "another_kernel"}, "no limits")):  # fmt: skip
+        assert any(word in complaint for complaint in dataclasses.replace(kernel, **change).complaints())
