@@ -102,7 +102,16 @@ def kernels_of(source: Path, architecture: str, *flags: str) -> list[Kernel]:
     """The kernels of a file, compiled for an architecture, with more flags for nvcc."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/kernels.cubin"
-        command = [str(tool("nvcc")), *FLAGS, "-Xptxas", "-v", "-cubin", f"-arch=sm_{architecture}", str(source), *flags]
+        command = [
+            str(tool("nvcc")),
+            *FLAGS,
+            "-Xptxas",
+            "-v",
+            "-cubin",
+            f"-arch=sm_{architecture}",
+            str(source),
+            *flags,
+        ]
         told = run([*command, "-o", cubin]).stderr
         code = run([str(tool("cuobjdump")), "-sass", cubin]).stdout
     entry = re.compile(r"properties for (\w+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "

@@ -100,7 +100,7 @@ HOST_GATES = (
     Gate(OURS_OUT, UNIT, 1.2, at_most=True, device="cuda"),
 )
 SMALL_GATES = (
-    Gate(EAGER, OURS, 40.0, smoke=5.0),
+    Gate(EAGER, OURS, 40.0, smoke=10.0),
     Gate(COMPILED, OURS, 10.0),
     Gate(EAGER, OURS, 20.0, device="cuda"),
     Gate(COMPILED, OURS, 10.0, device="cuda"),
@@ -108,16 +108,16 @@ SMALL_GATES = (
 )
 NUMBA_GATE = Gate(NUMBA, OURS, 1.0)
 LARGE_GATES = (
-    Gate(EAGER, OURS, 20.0, smoke=4.0),
+    Gate(EAGER, OURS, 20.0, smoke=8.0),
     Gate(COMPILED, OURS, 8.0),
     Gate(NUMBA, OURS, 4.0),
-    Gate(COPY, OURS, 0.6, smoke=0.07, view="cold"),
+    Gate(COPY, OURS, 0.6, smoke=0.12, view="cold"),
     Gate(EAGER, OURS, 10.0, view="device", device="cuda"),
     Gate(COMPILED, OURS, 2.5, view="device", device="cuda"),
     Gate(COPY, OURS, 0.8, view="cold", device="cuda"),
 )
 TOKEN_GATES = (
-    Gate(COPY, OURS, 0.85, smoke=0.04, view="cold"),
+    Gate(COPY, OURS, 0.85, smoke=0.1, view="cold"),
     Gate(COPY, OURS, 0.85, view="cold", device="cuda"),
 )
 

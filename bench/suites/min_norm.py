@@ -2,7 +2,8 @@
 
 TorchJD's ``MGDAWeighting`` is Frank-Wolfe with its own stopping rule, on the same Gram matrices. "norm / optimum" is
 the length of the combined vector over that of the shortest. The step is weights and combination of advantages
-``[64, 512, 10]``, there by a matrix product, MGDA and a weighted sum; with Noon, where MGDA is soon done, and without.
+``[64, 512, 10]``, there by a matrix product, MGDA and a weighted sum: with Noon, where MGDA is soon done, without, and of
+objectives that correlate, as rewards do, which takes MGDA longer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ OURS, MGDA, STEP = "min_norm", "TorchJD MGDA", 'combine, solver="min_norm"'
 NORM = "norm / optimum"
 SIZES, KINDS = (3, 10, 32), ("normal", "lengths 1e-4 to 1e4")
 STEP_SHAPE = (64, 512, 10)
+STEPS = (("with Noon", True, 0.0), ("without Noon", False, 0.0), ("with Noon, correlated", True, 0.9))
 EXACT = 1e-6  # relative
 
 
@@ -61,9 +63,11 @@ def build(device: str, *, n: int, kind: str) -> Case:
     return Case(found, figures={NORM: norms})
 
 
-def build_step(device: str, *, shape: tuple[int, ...], noon: bool) -> Case:
-    """The whole step."""
-    advantages = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+def build_step(device: str, *, shape: tuple[int, ...], noon: bool, correlation: float) -> Case:
+    """The whole step, of objectives any two of which correlate so much."""
+    generator = torch.Generator().manual_seed(0)
+    own, common = (torch.randn(*shape[:-1], n, generator=generator) for n in (shape[-1], 1))
+    advantages = ((1 - correlation) ** 0.5 * own + correlation**0.5 * common).to(device)
     expected = pama_ext.reference.combine(advantages.double(), solver="min_norm", noon=noon)
 
     def near(result: tuple[Tensor, Tensor]) -> None:
@@ -97,10 +101,10 @@ SUITE = (
     ),
     *(
         Workload(
-            f"the whole step, {list(STEP_SHAPE)}, {'with' if noon else 'without'} Noon",
-            functools.partial(build_step, shape=STEP_SHAPE, noon=noon),
-            gates(STEP, 0.7),
+            f"the whole step, {list(STEP_SHAPE)}, {about}",
+            functools.partial(build_step, shape=STEP_SHAPE, noon=noon, correlation=correlation),
+            gates(STEP, 1.5),
         )
-        for noon in (True, False)
+        for about, noon, correlation in STEPS
     ),
 )
