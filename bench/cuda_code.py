@@ -102,25 +102,16 @@ def kernels_of(source: Path, architecture: str, *flags: str) -> list[Kernel]:
     """The kernels of a file, compiled for an architecture, with more flags for nvcc."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = f"{folder}/kernels.cubin"
-        command = [
-            str(tool("nvcc")),
-            *FLAGS,
-            "-Xptxas",
-            "-v",
-            "-cubin",
-            f"-arch=sm_{architecture}",
-            str(source),
-            *flags,
-        ]
-        told = run([*command, "-o", cubin]).stderr
+        compiler = [str(tool("nvcc")), *FLAGS, *flags, "-Xptxas", "-v", "-cubin", f"-arch=sm_{architecture}"]
+        told = run([*compiler, str(source), "-o", cubin]).stderr
         code = run([str(tool("cuobjdump")), "-sass", cubin]).stdout
     entry = re.compile(r"properties for (\w+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
                        r"loads\n.*?Used (\d+) registers")  # fmt: skip
-    instructions = {name: Counter(re.findall(r"\b(LDG\.E\.128|LDL|STL)\b", body))
-                    for name, body in re.findall(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", code, re.DOTALL)}  # fmt: skip
+    function = re.compile(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", re.DOTALL)
+    counts = {name: Counter(re.findall(r"\b(LDG\.E\.128|LDL|STL)\b", body)) for name, body in function.findall(code)}
     found = []
     for name, stack, stores, loads, registers in entry.findall(told):
-        counted = instructions[name]
+        counted = counts[name]
         found.append(
             Kernel(architecture, readable(name), int(registers), int(stack), int(stores) + int(loads),
                    counted["LDG.E.128"], counted["LDL"] + counted["STL"])

@@ -70,8 +70,8 @@ def cache_sweep(device: str) -> Call:
 
     Reading leaves clean lines; after writing, the call that is timed would pay for their way to memory. On CUDA the
     sweep is queued in front of the call, and takes longer than the host needs to queue that, so nothing waits for it.
-    On the CPU all of torch's threads take part, and none rests before the call: after 10 ms of sleep a core takes 100 us
-    for what otherwise takes 10, whatever its caches hold.
+    On the CPU all of torch's threads take part, and none rests before the call: after 10 ms of sleep a core takes
+    100 us for what otherwise takes 10, whatever its caches hold.
     """
     size = SWEPT_CACHES[device] * environment.cache_bytes(device)
     return torch.ones(size // 4, device=device).sum

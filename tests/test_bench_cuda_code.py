@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels: nothing spilled, registers as expected, 16-byte loads; and that this is noticed."""
+"""The machine code of the CUDA kernels: no spills, few enough registers, 16-byte loads; and that this is noticed."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ CASES = {
     "gae and combine": lambda: build(gae, "build_both"),
     "min_norm": lambda: build(min_norm, n=10, kind="normal"),
     "min_norm, lengths": lambda: build(min_norm, n=3, kind="lengths 1e-4 to 1e4"),
-    "min_norm, step": lambda: build(min_norm, "build_step", shape=(8, 32, 4), noon=True),
+    "min_norm, step": lambda: build(min_norm, "build_step", shape=(8, 32, 4), noon=True, correlation=0.5),
     "policy_loss": lambda: build(loss, "build_policy"),
     "value_loss": lambda: build(loss, "build_value"),
     "scaling": lambda: build(scaling, tokens=128, n=2),

@@ -176,13 +176,13 @@ def device(kernel):
 @pytest.mark.parametrize("memory", ["last", "first", "last, unaligned", "first, unaligned"])
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 9, 16, 17, 64])
 def test_every_access_and_number_of_objectives(kernel, device, n, memory, in_place, level):
-    """16 bytes at a time or not, tiles that a block has to load a second time, rows that are no multiple of 16 bytes."""
+    """16 bytes at a time or not, tiles that a block loads a second time, rows that are no multiple of 16 bytes."""
     device(9, 100 * 1024)
     for dtype in DTYPES:
         advantages, mask, log_ratio = problem((7, 2501 // n + 40, n), dtype)
         options = {"level": level, "nan": "ignore"}
-        got, packed, _ = run(kernel, advantages, mask, log_ratio, 7, in_place=in_place, first=memory.startswith("first"),
-                             offset=int("unaligned" in memory), **options)  # fmt: skip
+        where = {"in_place": in_place, "first": memory.startswith("first"), "offset": int("unaligned" in memory)}
+        got, packed, _ = run(kernel, advantages, mask, log_ratio, 7, **where, **options)
         assert_results((got, packed), advantages, mask, log_ratio, in_place=in_place, **options)
 
 

@@ -2,8 +2,8 @@
 
 TorchJD's ``MGDAWeighting`` is Frank-Wolfe with its own stopping rule, on the same Gram matrices. "norm / optimum" is
 the length of the combined vector over that of the shortest. The step is weights and combination of advantages
-``[64, 512, 10]``, there by a matrix product, MGDA and a weighted sum: with Noon, where MGDA is soon done, without, and of
-objectives that correlate, as rewards do, which takes MGDA longer.
+``[64, 512, 10]``, there by a matrix product, MGDA and a weighted sum: with Noon, where MGDA is soon done, without, and
+of objectives that correlate, as rewards do, which takes MGDA longer.
 """
 
 from __future__ import annotations
