@@ -39,6 +39,7 @@ def build(folder: Path, cuda: Path) -> Callable[..., int]:
     subprocess.run([*command, "-o", str(library)], check=True)
     loaded = ctypes.CDLL(str(library))
     loaded.combine_on_host.use_device = loaded.use_device
+    loaded.combine_on_host.meeting = loaded.last_meeting
     return loaded.combine_on_host
 
 
@@ -193,6 +194,7 @@ def test_a_cluster_and_a_grid_meet_alike(kernel, device, level):
     for capability in (9, 8):
         device(capability, 228 * 1024)
         results.append(run(kernel, advantages, mask, log_ratio, 1, level=level, normalize=Normalize(group_size=4)))
+        assert kernel.meeting() == (1 if capability == 9 else 2)  # pama::Meeting
     assert 1 < results[0][2] == results[1][2] <= 8
     for in_cluster, in_grid in zip(results[0][:2], results[1][:2], strict=True):
         assert_same_bits(in_cluster, in_grid)

@@ -108,7 +108,8 @@ class Kernel : Observer<C> {
     });
   }
 
-  // The combination of the tokens [first, last) under fixed weights[n]; objectives of weight 0 are not even read.
+  // The combination of the tokens [first, last) under fixed weights[n]; of weight 0 only what stands beside others is
+  // read.
   template <class S>
   void weigh(int64_t first, int64_t last, const double* weights) {
     const bool mark = p.marks();
@@ -219,8 +220,9 @@ class Kernel : Observer<C> {
       const Plane& q = p.advantages[adjacent ? 0 : i];
       tile.ahead[i] = follow(q, sizeof(S), adjacent ? static_cast<int64_t>(count) * (p.n + i) : count * q.col);
     }
-    tile.beside[0] = follow(p.log_ratio, size_of(p.log_ratio_dtype), count * p.log_ratio.col);
-    tile.beside[1] = follow(p.mask, size_of(p.mask_dtype), count * p.mask.col);
+    tile.beside[0] = tile.beside[1] = tile.ahead[0];
+    if (p.mask.data) tile.beside[p.n > 1] = follow(p.mask, size_of(p.mask_dtype), count * p.mask.col);
+    if (p.log_ratio.data) tile.beside[0] = follow(p.log_ratio, size_of(p.log_ratio_dtype), count * p.log_ratio.col);
   }
 
   template <class S>

@@ -58,8 +58,11 @@ class Observer {
   // kNormal: what goes on from here is tile.normal; else it is x itself.
   template <bool kKeep, bool kNormal>
   bool observe(int i, C* x, int count, Moments& m) {
-    const C centre = centre_of(4 * m.count >= count ? m.mean : mean(x, count));
-    if (p.noon && scale[i] > 0 && observe_plain<kKeep, kNormal>(i, x, count, centre, m)) return true;
+    // Entries that are nearly too large may lie too far from those before.
+    constexpr double kFar = std::numeric_limits<C>::max() / 4;
+    const bool known = 4 * m.count >= count && m.max < kFar && m.min > -kFar;
+    const C centre = centre_of(known ? m.mean : mean(x, count));
+    if (p.noon && scale[i] > 0 && scale[i] < kInf && observe_plain<kKeep, kNormal>(i, x, count, centre, m)) return true;
     I* taken = tile.taken + i * stride;
 
     V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
@@ -79,7 +82,8 @@ class Observer {
       const V processed = kNormal ? vec(tile.normal + k) : entry;
       positive -= usable & (processed > V{});
 
-      const V positive_part = noon(take ? processed : V{}, all(floor)), advantage = positive_part * scale[i];
+      const V positive_part = noon(take ? processed : V{}, all(floor)),
+              advantage = only(take, positive_part * scale[i]);
       const V gated = gated_at(advantage, k);
       active += gated;
       const M is_nonzero = positive_part != V{};
@@ -101,14 +105,16 @@ class Observer {
     return false;
   }
 
-  // The same under Noon, where all valid entries are finite: false, with nothing done, if one is not. Comparisons are
-  // what takes the time above: here a maximum, a bitwise and or an unsigned minimum does their work.
+  // The same under Noon, where all valid entries and A_i are finite: false, with nothing done, if one is not.
+  // Comparisons are what takes the time above: here a maximum, a bitwise and or a minimum of integers does their work.
   template <bool kKeep, bool kNormal>
   bool observe_plain(int i, C* x, int count, C centre, Moments& m) {
-    if (kKeep && !finite_sum(x, count)) return false;
     V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf), undefined{};
     M nonzero{}, open{};
     const V factor = all(scale[i]);
+    auto processed_at = [&](int k, const Where<V, M>& valid) {
+      return valid.only(kNormal ? vec(tile.normal + k) : vec(x + k));
+    };
     Ahead ahead = tile.ahead[i], beside = i < 2 ? tile.beside[i] : ahead;
     for (int k = 0; k < count; k += kLanes, ahead.at += ahead.step, beside.at += beside.step) {
       __builtin_prefetch(ahead.at);
@@ -119,33 +125,28 @@ class Observer {
       squares += d * d;
       low = valid.lower(entry, low);
       high = valid.higher(entry, high);
-      const V processed = valid.only(kNormal ? vec(tile.normal + k) : entry);
-      if (kNormal) undefined += processed * 0;
-      const V positive = larger(processed, V{}), advantage = positive * factor;
+      const V processed = processed_at(k, valid), positive = larger(processed, V{}), advantage = positive * factor;
+      if (kNormal) undefined += (processed + advantage) * 0;
       const V gated = only(vec(tile.not_above + k), advantage);
       active += gated;
       nonzero += not_zero(positive);
       open += not_zero(gated);
-      if (kKeep) vec(x + k) = advantage;
     }
     lanes.spill(deviation, squares, low, high, active, undefined, nonzero, open);
+    const C largest = static_cast<C>(lanes.template extreme<Larger>(3)) * scale[i];  // of A_i, if that is x; -inf: none
     const double wrong = lanes.sum(0) + lanes.sum(5);
-    if (!(wrong - wrong == 0)) return false;
+    if (!(wrong - wrong == 0) || (!kNormal && largest == kInf)) return false;
     Moments here = Moments::empty();
     here.count = tile.valid_count;
     here.positive = here.nonzero = lanes.count(6);
     here.clipped = here.nonzero - lanes.count(7);
     conclude(here, centre, m);
-    if (kKeep) memcpy(tile.taken + i * stride, tile.valid, (count + kLanes - 1) / kLanes * sizeof(M));
+    for (int k = 0; kKeep && k < count; k += kLanes) {
+      const Where<V, M> valid(vec(tile.valid + k));
+      vec(x + k) = larger(processed_at(k, valid), V{}) * factor;
+      vec(tile.taken + i * stride + k) = vec(tile.valid + k);
+    }
     return true;
-  }
-
-  bool finite_sum(const C* x, int count) {
-    V total{};
-    for (int k = 0; k < count; k += kLanes) total += only(vec(tile.valid + k), vec(x + k));
-    lanes.spill(total);
-    const double sum = lanes.sum(0);
-    return sum - sum == 0;
   }
 
   static C centre_of(double mean) {

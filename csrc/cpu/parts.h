@@ -11,7 +11,7 @@ namespace pama {
 constexpr int64_t kElementsPerPart = 16 * 1024;  // about 5 us of work: below two of these, threads do not pay
 constexpr int64_t kMaxParts = 64;
 
-// An even number, so that two threads share the work equally.
+// An even number where units allow, so that two threads share the work equally.
 inline int64_t parts_for(int64_t elements, int64_t units) {
   return std::clamp<int64_t>(std::min(elements / kElementsPerPart / 2 * 2, units), 1, kMaxParts);
 }

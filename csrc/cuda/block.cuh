@@ -20,7 +20,6 @@ class Block : Scanner<typename Storage<S>::Compute> {
   using Base::p, Base::shared, Base::tile;
   using typename Base::Entry;
   static constexpr bool kGram = kKind == Kind::kGram;
-  static constexpr uint64_t kAll = ~uint64_t{0};
 
  public:
   __device__ __forceinline__ Block(const CombineParams& params, char* memory) : Base(params, memory) {}
@@ -63,6 +62,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
   // several at a time. Each tile twice: for the statistics, and backwards for the combination. The last tile is still
   // there then, and those before it are the likeliest to be in the cache.
   __device__ __forceinline__ void pools() {
+    const uint64_t everyone = ~uint64_t{0} >> (64 - p.n);
     const bool batch = p.level == Level::kBatch;
     const bool at_rows = p.level == Level::kSequence || p.normalize.groups == Groups::kIds;
     const int64_t pools = batch ? gridDim.x : p.pools();
@@ -79,7 +79,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
       const int64_t tiles = (last - first + tile.stride - 1) / tile.stride;
       if (kGram) this->clear_gram();
       if (threadIdx.x < p.n) own = Moments::empty();
-      uint64_t wanted = kAll;
+      uint64_t wanted = everyone;
       for (int64_t step = 0; step < 2 * tiles || step == tiles; ++step) {
         if (step == tiles) {
           if (batch) meet(true);
@@ -118,7 +118,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
     double low = 0.0, high = 0.0, value = 0.0, used = 0.0;
     for (int64_t k = first; k < last; k += tile.stride) {
       const int count = static_cast<int>(min(int64_t{tile.stride}, last - k));
-      load(k, count, kAll, true);
+      load(k, count, ~uint64_t{0} >> (64 - p.n), true);
       scan_tile(count, kPiece);
       solve_tokens(k, count, low, high, value, used);
       if (!p.in_place) continue;

@@ -140,12 +140,11 @@ Access access_of(const CombineParams& p) {
   return Access::kPlanes;
 }
 
-// Fills the parameters of the launch; returns the shared memory that it needs.
+// Fills the parameters of the launch, with or without clusters; returns the shared memory that it needs.
 template <class C>
-int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared) {
+int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared, bool cluster) {
   constexpr int64_t kStep = Tile<C>::kStep;
   const bool gram = kind_of(p) == Kind::kGram, grouped = Tile<C>::has_pools(p);
-  const bool cluster = Limits::of(p.device.index).compute_capability >= 9;
   p.access = access_of(p);
   p.meeting = blocks == 1                                           ? Meeting::kBlock
               : shape_of(p).meeting == Meeting::kCluster && cluster ? Meeting::kCluster
@@ -190,7 +189,9 @@ void launch_combine_cuda(CombineParams& params, void* stream) {
     constexpr auto kKernel = combine_kernel<S, kKind>;
     const int most = most_shared<S, kKind>(params.device.index);
     const int64_t blocks = blocks_for(params);
-    const int64_t shared = plan_tiles<typename Storage<S>::Compute>(params, blocks, most);
+    const bool cluster =
+        Limits::of(params.device.index).compute_capability >= 9 && code_version<kKernel>(params.device.index) >= 90;
+    const int64_t shared = plan_tiles<typename Storage<S>::Compute>(params, blocks, most, cluster);
     allow_shared<kKernel>(params.device.index, most);
     launch_together(reinterpret_cast<const void*>(kKernel), blocks, kThreads, params, stream,
                     "launching combine_kernel", params.meeting, shared);

@@ -134,7 +134,8 @@ __global__ void __launch_bounds__(kThreads, 4) gae_block_kernel(const __grid_con
     const int64_t from = to - chunk > begin ? to - chunk : begin;
     const int count = static_cast<int>(to - from), segments = (count + 31) / 32, padded = segments * 32;
     __syncthreads();  // the chunk before is still being written
-    for (int k = threadIdx.x; k < padded; k += kThreads) valid[k] = k < count && is_valid(p, start.behind(from - begin + k));
+    for (int k = threadIdx.x; k < padded; k += kThreads)
+      valid[k] = k < count && is_valid(p, start.behind(from - begin + k));
     __syncthreads();
     for (int e = threadIdx.x; e < padded * n; e += kThreads) {
       const int k = objectives_adjacent ? e / n : e % padded, i = objectives_adjacent ? e % n : e / padded;

@@ -29,6 +29,18 @@ void allow_shared(int device, int bytes) {
   if (device < kKnownDevices) done[device] = true;
 }
 
+// Compute capability that the code of a kernel was written for, 90 for 9.0: less than the device's where that runs
+// older PTX. Asked once per device.
+template <auto kKernel>
+int code_version(int device) {
+  static std::atomic<int> known[kKnownDevices];
+  if (device < kKnownDevices && known[device]) return known[device];
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)), "cudaFuncGetAttributes");
+  if (device < kKnownDevices) known[device] = attributes.ptxVersion;
+  return attributes.ptxVersion;
+}
+
 // Blocks of a kernel that are resident together, as a cooperative launch needs; asked once per device.
 template <auto kKernel>
 int resident_blocks(int device, int threads, int most_per_multiprocessor, int shared = 0) {

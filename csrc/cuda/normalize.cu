@@ -17,25 +17,28 @@ constexpr int kPartials = 128;  // blocks that share one pool
 // stands before it, which is quicker than sorting for the few thousand rows of a batch.
 __global__ void __launch_bounds__(kThreads, 2) sort_rows(const __grid_constant__ CombineParams p) {
   __shared__ int64_t ids[kThreads];
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t own = row < p.batch ? p.group_value(row) : 0;
-  int64_t below = 0, equal = 0, before = 0;
-  for (int64_t begin = 0; begin < p.batch; begin += kThreads) {
-    __syncthreads();
-    if (begin + threadIdx.x < p.batch) ids[threadIdx.x] = p.group_value(begin + threadIdx.x);
-    __syncthreads();
-    const int count = static_cast<int>(min(int64_t{kThreads}, p.batch - begin));
-    for (int k = 0; k < count; ++k) {
-      below += ids[k] < own;
-      equal += ids[k] == own;
-      before += ids[k] == own && begin + k < row;
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads; first < p.batch;
+       first += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const int64_t row = first + threadIdx.x;
+    const int64_t own = row < p.batch ? p.group_value(row) : 0;
+    int64_t below = 0, equal = 0, before = 0;
+    for (int64_t begin = 0; begin < p.batch; begin += kThreads) {
+      __syncthreads();
+      if (begin + threadIdx.x < p.batch) ids[threadIdx.x] = p.group_value(begin + threadIdx.x);
+      __syncthreads();
+      const int count = static_cast<int>(min(int64_t{kThreads}, p.batch - begin));
+      for (int k = 0; k < count; ++k) {
+        below += ids[k] < own;
+        equal += ids[k] == own;
+        before += ids[k] == own && begin + k < row;
+      }
     }
+    if (row >= p.batch) continue;
+    const int64_t place = below + before;
+    const_cast<int64_t*>(p.order)[place] = row;
+    const_cast<int64_t*>(p.starts)[place] = below;
+    const_cast<int64_t*>(p.ends)[place] = below + equal;
   }
-  if (row >= p.batch) return;
-  const int64_t place = below + before;
-  const_cast<int64_t*>(p.order)[place] = row;
-  const_cast<int64_t*>(p.starts)[place] = below;
-  const_cast<int64_t*>(p.ends)[place] = below + equal;
 }
 
 // The score of each row, a warp to a row: the sum of its valid entries, whatever they are; -0 if there are none.

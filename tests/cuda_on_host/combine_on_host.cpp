@@ -13,9 +13,15 @@ static void call_kernel(const void* argument, const void* kernel) {
 
 // The device that is imitated from here on.
 extern "C" void use_device(int compute_capability, int shared_bytes) {
-  host::compute_capability = compute_capability;
-  host::shared_bytes = shared_bytes;
+  for (host::device = 0; host::device < static_cast<int>(host::devices.size()); ++host::device) {
+    const auto [capability, bytes] = host::devices[host::device];
+    if (capability == compute_capability && bytes == shared_bytes) return;
+  }
+  host::devices.push_back({compute_capability, shared_bytes});
 }
+
+static pama::Meeting met;
+extern "C" int last_meeting() { return static_cast<int>(met); }
 
 // Tensors are contiguous: advantages [sizes[0], sizes[1], sizes[2]] with the objectives last, or first in memory, mask
 // bool, log_ratio float32, groups int64 [n_groups], each or null. Returns the number of blocks, or -1 with what does
@@ -25,7 +31,7 @@ extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes
                                const char* solver, const char* normalize, void* groups, int64_t n_groups, int noon,
                                int propagate, int skip_inactive, int first, unsigned order, const char** problem) {
   using namespace pama;
-  const Device cpu{DeviceType::kCPU, 0};
+  const Device cpu{DeviceType::kCPU, host::device};
   const int64_t last[3] = {sizes[1] * sizes[2], sizes[2], 1}, planes[3] = {sizes[1], 1, sizes[0] * sizes[1]};
   const int64_t *strides = first ? planes : last, plane[2] = {sizes[1], 1}, one = 1;
   const TensorView a{advantages, static_cast<DType>(dtype), cpu, 3, sizes, strides};
@@ -42,10 +48,15 @@ extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes
   if (*problem) return -1;
   p.weighted = reward_values != nullptr;
   for (int i = 0; reward_values && i < p.n; ++i) p.reward_values[i] = reward_values[i];
-  std::vector<double> workspace(combine_cuda_workspace(p) / sizeof(double) + 1, NAN);
+  constexpr int kCanary = 32;
+  const int64_t doubles = (combine_cuda_workspace(p) + 7) / 8;
+  std::vector<double> workspace(doubles + kCanary, NAN);
   p.workspace = workspace.data();
   p.packed = packed;
   host::order = order;
   launch_combine_cuda(p, nullptr);
+  for (int64_t k = doubles; k < doubles + kCanary; ++k)
+    if (!std::isnan(workspace[k])) std::terminate();  // written beyond the workspace
+  met = p.meeting;
   return blocks_for(p);
 }

@@ -65,16 +65,28 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 namespace host {
-// The device that is imitated: two multiprocessors of so much shared memory.
-inline int compute_capability = 9, shared_bytes = 228 * 1024;
+// The devices that are imitated: two multiprocessors each, of so much shared memory.
+struct Imitated {
+  int compute_capability, shared_bytes;
+};
+inline std::vector<Imitated> devices{{9, 228 * 1024}};
+inline int device = 0;
 }  // namespace host
 inline const char* cudaGetErrorString(int) { return "none"; }
 inline int cudaGetLastError() { return cudaSuccess; }
 inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline int cudaSetDevice(int) { return cudaSuccess; }
-inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const int known[] = {2, host::compute_capability, host::shared_bytes - 1024, host::shared_bytes, 1024};
+inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const auto [capability, shared] = host::devices.at(device);
+  const int known[] = {2, capability, shared - 1024, shared, 1024};
   return *value = known[attribute], cudaSuccess;
+}
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+inline int cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = 10 * host::devices.at(host::device).compute_capability;
+  return cudaSuccess;
 }
 inline int cudaFuncSetAttribute(const void*, int, int) { return cudaSuccess; }
 template <class Kernel>
@@ -222,11 +234,15 @@ inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int run_on_host(const void* kernel, dim3 blocks, int threads, void** arguments, host::Kernel call,
                        size_t shared) {
   std::barrier<> grid(blocks.x);
-  std::vector<std::vector<char>> memory(blocks.x, std::vector<char>(shared + 16, static_cast<char>(0xff)));
+  constexpr size_t kCanary = 256;
+  std::vector<std::vector<char>> memory(blocks.x, std::vector<char>(shared + 16 + kCanary, static_cast<char>(0xff)));
   std::vector<std::thread> workers;
   for (unsigned b = 0; b < blocks.x; ++b)
     workers.emplace_back([&, b] { host::run_block(b, blocks.x, threads, kernel, arguments[0], call, grid, memory); });
   for (std::thread& worker : workers) worker.join();
+  for (std::vector<char>& block : memory)
+    for (const char* at = aligned(block) + shared; at < block.data() + block.size(); ++at)
+      if (*at != static_cast<char>(0xff)) std::terminate();  // a kernel has written beyond its shared memory
   return cudaSuccess;
 }
 #define cudaLaunchKernel(kernel, blocks, threads, arguments, shared, stream) \
