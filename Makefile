@@ -4,6 +4,7 @@
 # make lint        formatters, linters, types
 # make bench       measure every suite, write bench/records, and from them the README's figures: [SUITES="combine gae"]
 # make bench-smoke ratios of a few cheap workloads against wide bounds
+# make cuda-code   registers, spills and loads of the CUDA kernels on every architecture; needs nvcc, but no GPU
 # make gpu-check   on a machine with a CUDA device, with its own Python: [STAGES="build tests"] [OUT=folder] [COMMIT=...]
 
 PYTHON ?= python3
@@ -64,7 +65,6 @@ bench: $(BUILT)
 bench-smoke: $(BUILT)
 	$(BIN)/python -m bench --smoke
 
-# Registers, spills and loads of the CUDA kernels on every architecture; needs nvcc, but no GPU.
 cuda-code: $(READY)
 	$(BIN)/python -m bench.cuda_code
 

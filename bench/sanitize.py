@@ -22,7 +22,7 @@ SHAPES = (
     (5, 129, 2),  # a row that is no multiple of anything
     (3, 257, 5),  # odd number of objectives: vector accesses are unaligned from row to row
 )
-LARGE = (64, 512, 3)  # many blocks
+MIDDLE, LARGE = (64, 256, 3), (64, 512, 3)  # a cluster of blocks, a grid of them
 LEVELS = ("batch", "sequence", "token")
 SOLVERS = ("closed_form", "fixed")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -50,7 +50,7 @@ def compare(what: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -> Non
 def run(device: str) -> int:
     """Make every call and return how many there were."""
     calls = 0
-    for shape, dtype in [*itertools.product(SHAPES, DTYPES), (LARGE, torch.float32)]:
+    for shape, dtype in [*itertools.product(SHAPES, DTYPES), (MIDDLE, torch.float32), (LARGE, torch.float32)]:
         host, options = inputs(shape, dtype)
         moved = {name: tensor.to(device) for name, tensor in options.items()}
         for level, solver in itertools.product(LEVELS, SOLVERS):

@@ -52,3 +52,13 @@ def threads(request: pytest.FixtureRequest):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=("avx512", "avx2", "generic"))
+def instructions(request: pytest.FixtureRequest):
+    """Each instruction set that the CPU kernels are compiled for and this machine has."""
+    best = _C.cpu_instructions()
+    if not _C.use_cpu_instructions(request.param):
+        pytest.skip(f"this machine has no {request.param}")
+    yield request.param
+    _C.use_cpu_instructions(best)

@@ -11,15 +11,6 @@ from doors import assert_matches
 from pama_ext import _C, Normalize, ObjectiveStats, combine, combine_, reference
 
 BEST = _C.cpu_instructions()
-ALL = ("avx512", "avx2", "generic")
-
-
-@pytest.fixture(params=ALL)
-def instructions(request):
-    if not _C.use_cpu_instructions(request.param):
-        pytest.skip(f"this machine has no {request.param}")
-    yield request.param
-    _C.use_cpu_instructions(BEST)
 
 
 def test_the_choice_takes_effect(instructions):
@@ -88,7 +79,7 @@ def test_groups_of_every_size(instructions, size, level, dtype):
             torch.testing.assert_close(ours, theirs, msg=name)  # with and without a look at the mask
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 6, 8, 9])
+@pytest.mark.parametrize("n", [*range(1, 18), 31, 32, 33, 63, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_objectives_beside_each_other_are_parted(instructions, dtype, n):
     """Each number of objectives that is parted by shuffles, and others; rows that are no multiple of a vector."""
@@ -121,48 +112,3 @@ def test_the_gram_matrix(instructions, n):
     result, expected = (f(problem.values, **problem.options) for f in (combine, reference.combine))
     torch.testing.assert_close(result.weights, expected.weights, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(result.advantages, expected.advantages, rtol=1e-9, atol=1e-9)
-
-
-def ill_tempered():
-    """Tiles that look harmless: all entries finite, or the raw ones only, or all but what becomes of them."""
-    g = torch.Generator().manual_seed(5)
-    spoilt = torch.randn(3000, 2, generator=g) + 5
-    spoilt[0, 0] = torch.nan
-    apart, ends = torch.zeros(1041, 2), torch.zeros(1041, dtype=torch.bool)
-    apart[0], apart[1040], ends[0], ends[1040] = 3e38, -3e38, True, True
-    weights = torch.tensor([1.0, torch.inf])
-    return {
-        "the normalised are NaN": (spoilt, {"normalize": Normalize(by="batch"), "nan": "propagate"}),
-        "in a group": (spoilt, {"normalize": Normalize(by="group", group_size=1500), "nan": "propagate"}),
-        "far from the tile before": (apart, {"mask": ends}),
-        "A overflows": (torch.tensor([[1, 1e38], [2, 1e38]]), {"reward_weights": [1.0, 10.0]}),
-        "an infinite weight": (torch.randn(100, 2, generator=g).abs() + 1, {"reward_weights": weights}),
-        "an infinite weight of zeros": (torch.randn(100, 2, generator=g), {"reward_weights": weights}),
-    }
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-@pytest.mark.parametrize("mode", [{"level": "batch"}, {"level": "token"}, {"solver": "min_norm"}], ids=str)
-@pytest.mark.parametrize("name", ill_tempered())
-def test_tiles_that_only_look_finite(instructions, name, mode, in_place):
-    advantages, options = ill_tempered()[name]
-    ours, theirs = advantages.clone(), advantages.clone()
-    if in_place:
-        result, expected = combine_(ours, **mode, **options), reference.combine_(theirs, **mode, **options)
-        torch.testing.assert_close(ours, theirs, equal_nan=True)
-    else:
-        result, expected = combine(ours, **mode, **options), reference.combine(theirs, **mode, **options)
-        torch.testing.assert_close(result.advantages, expected.advantages, equal_nan=True)
-    for field in ("count", "nonfinite", "min", "max", "positive", "clipped"):
-        got, want = getattr(result.stats, field), getattr(expected.stats, field)
-        torch.testing.assert_close(got, want, equal_nan=True, msg=lambda text, f=field: f"{f}: {text}")
-    torch.testing.assert_close(result.weights, expected.weights, equal_nan=True)
-
-
-@pytest.mark.parametrize("mode", [{"level": "batch"}, {"level": "token"}, {"solver": "min_norm"}], ids=str)
-def test_statistics_are_raw_where_the_normalised_overflow(instructions, mode):
-    """1 / std of numbers that small is infinite; what is counted are the numbers themselves."""
-    tiny = torch.rand(3000, 2, generator=torch.Generator().manual_seed(5)) * 1e-42
-    stats = combine(tiny, normalize=Normalize(by="batch", eps=0.0), **mode).stats
-    assert stats.count.tolist() == [3000, 3000] and stats.nonfinite.tolist() == [0, 0]
-    assert torch.equal(stats.min, tiny.amin(0)) and torch.equal(stats.max, tiny.amax(0))

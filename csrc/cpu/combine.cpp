@@ -121,7 +121,7 @@ class Run {
   void combine() {
     const bool pooled = p.level == Level::kSequence || p.level == Level::kGroup;
     const int64_t units = p.measures ? p.groups : pooled ? p.pools() : p.tokens();
-    const int64_t parts = parts_for(p.tokens() * p.n, units), grams = p.solver == Solver::kMinNorm ? p.n * p.n + 1 : 0;
+    const int64_t parts = parts_for(p.tokens() * p.n, units), grams = p.has_gram() ? p.n * p.n + 1 : 0;
     Part one;
     const std::unique_ptr<Part[]> many(parts > 1 ? new Part[parts] : nullptr);
     const std::unique_ptr<double[]> gram(grams ? new double[parts * grams]() : nullptr);

@@ -143,9 +143,7 @@ class Normalizer {
       high = usable & (sample > high) ? sample : high;
     }
     lanes.spill(deviation, squares, low, high);
-    const double drift = lanes.sum(0), spread = lanes.sum(1), m2 = spread - drift * (drift / n);
-    m.mean = static_cast<double>(centre) + drift / n;
-    m.m2 = spread == HUGE_VAL ? spread : m2 < 0.0 ? 0.0 : m2;
+    settle(m, static_cast<double>(centre), lanes.sum(0), lanes.sum(1));
     m.min = lanes.template extreme<Smaller>(2);
     m.max = lanes.template extreme<Larger>(3);
     return m;
@@ -247,34 +245,11 @@ class Normalizer {
 
   template <int kSize>
   bool transposed(int i, int64_t first, const C* from, Moments& total) {
-    V rows[kSize];
+    V rows[kSize], places[kSize];
     memcpy(rows, from, sizeof rows);
-    part<kSize>(rows);
-    side_by_side<kSize>(i, first, kLanes, rows, kSize, total);
+    part<kSize, C>(rows, [&](int place, V x) { places[place] = x; });
+    side_by_side<kSize>(i, first, kLanes, places, kSize, total);
     return true;
-  }
-
-  // From kLanes groups of kSize samples to a vector for each place in a group, in whatever order of the places: the
-  // even elements are parted from the odd ones, then each half in the same way.
-  template <int kSize>
-  static void part(V* rows) {
-    if constexpr (kSize > 1) {
-      V parted[kSize];
-#pragma GCC unroll 16
-      for (int k = 0; k < kSize / 2; ++k) {
-        parted[k] = every_other<0>(rows[2 * k], rows[2 * k + 1], Places());
-        parted[kSize / 2 + k] = every_other<1>(rows[2 * k], rows[2 * k + 1], Places());
-      }
-#pragma GCC unroll 16
-      for (int k = 0; k < kSize; ++k) rows[k] = parted[k];
-      part<kSize / 2>(rows);
-      part<kSize / 2>(rows + kSize / 2);
-    }
-  }
-
-  template <int kFirst, int... kPlaces>
-  static V every_other(V a, V b, std::integer_sequence<int, kPlaces...>) {
-    return __builtin_shufflevector(a, b, (2 * kPlaces + kFirst)...);
   }
 
   // kLanes groups at a time; store_maps has the formulas of affine(), for vectors.

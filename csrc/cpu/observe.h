@@ -82,8 +82,8 @@ class Observer {
       const V processed = kNormal ? vec(tile.normal + k) : entry;
       positive -= usable & (processed > V{});
 
-      const V positive_part = noon(take ? processed : V{}, all(floor)),
-              advantage = only(take, positive_part * scale[i]);
+      const V positive_part = noon(take ? processed : V{}, all(floor));
+      const V advantage = only(take, positive_part * scale[i]);
       const V gated = gated_at(advantage, k);
       active += gated;
       const M is_nonzero = positive_part != V{};
@@ -156,10 +156,7 @@ class Observer {
 
   // From what has been spilled first: deviation, squares, low, high, active.
   void conclude(Moments& here, C centre, Moments& m) {
-    const double n = static_cast<double>(here.count > 0 ? here.count : 1);
-    const double drift = lanes.sum(0), spread = lanes.sum(1), m2 = spread - drift * (drift / n);
-    here.mean = static_cast<double>(centre) + drift / n;
-    here.m2 = spread == HUGE_VAL ? spread : m2 < 0.0 ? 0.0 : m2;  // squares may overflow: inf, not inf - inf
+    settle(here, static_cast<double>(centre), lanes.sum(0), lanes.sum(1));
     if (here.count > 0) {
       here.min = lanes.template extreme<Smaller>(2);
       here.max = lanes.template extreme<Larger>(3);

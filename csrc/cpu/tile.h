@@ -178,18 +178,16 @@ void deinterleave(const S* __restrict src, int64_t step, int m, C* __restrict ds
   using V = typename Simd<C>::V;
   constexpr int lanes = Simd<C>::lanes;
   int k = 0;
-  if constexpr (N > 1) {
-    for (; k + lanes <= m; k += lanes) {
-      alignas(V) C flat[N * lanes];
-      V rows[N];
-      if (step == N) {
-        load_run<1>(src + k * step, 1, N * lanes, flat);
-      } else {
-        for (int l = 0; l < lanes; ++l) load_run<1>(src + (k + l) * step, 1, N, flat + l * N);
-      }
-      memcpy(rows, flat, sizeof rows);
-      part<N, C>(rows, [&](int i, V x) { memcpy(dst + i * stride + k, &x, sizeof x); });
+  for (; k + lanes <= m; k += lanes) {
+    alignas(V) C flat[N * lanes];
+    V rows[N];
+    if (step == N) {
+      load_run<1>(src + k * step, 1, N * lanes, flat);
+    } else {
+      for (int l = 0; l < lanes; ++l) load_run<1>(src + (k + l) * step, 1, N, flat + l * N);
     }
+    memcpy(rows, flat, sizeof rows);
+    part<N, C>(rows, [&](int i, V x) { memcpy(dst + i * stride + k, &x, sizeof x); });
   }
   for (; k < m; ++k)
     for (int i = 0; i < N; ++i) dst[i * stride + k] = Storage<S>::load(src[k * step + i]);

@@ -7,11 +7,8 @@
 
 namespace pama {
 
-enum class Kind {
-  kPools,
-  kGram,
-  kTokens
-};  // solved for the batch or for each pool; from Gram matrices; for each token
+// Solved for the batch or for each pool; the same from Gram matrices; for each token.
+enum class Kind { kPools, kGram, kTokens };
 
 template <class S, Kind kKind>
 class Block : Scanner<typename Storage<S>::Compute> {
@@ -151,7 +148,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
   // The weights of the pools of the tile, a thread to a pool, whose moments then join the total.
   __device__ __forceinline__ void solve_pools(int many) {
     const bool batch = p.level == Level::kBatch;
-    if (!batch && many == 1 && p.tile_pools == 1 && threadIdx.x < p.n) shared.part[threadIdx.x] = own;
+    if (!batch && p.tile_pools == 1 && threadIdx.x < p.n) shared.part[threadIdx.x] = own;
     __syncthreads();
     const double* gram = kGram ? (batch ? this->merge_grams() : block_gram(p, blockIdx.x)) : nullptr;
     double* scratch = kGram ? block_gram(p, blockIdx.x) + 2 * gram_size(p.n) : nullptr;

@@ -7,8 +7,6 @@
 // order. No float atomics, so the same input on the same device gives the same bits. Pieces have the same tokens for
 // every objective, so equal objectives get equal bits.
 #include <algorithm>
-#include <array>
-#include <mutex>
 #include <stdexcept>
 
 #include "block.cuh"
@@ -49,7 +47,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) combine_kernel(const _
 
 Kind kind_of(const CombineParams& p) {
   if (p.level == Level::kToken) return Kind::kTokens;
-  return p.solver == Solver::kMinNorm ? Kind::kGram : Kind::kPools;
+  return p.has_gram() ? Kind::kGram : Kind::kPools;
 }
 
 // f(S{}, integral_constant<Kind>) for the kernel that serves the call.
@@ -66,45 +64,17 @@ auto with_kernel(const CombineParams& p, F f) {
 
 bool has_pools(const CombineParams& p) { return p.level == Level::kSequence || p.level == Level::kGroup; }
 
-// What a device has, asked once.
-struct Limits {
-  int compute_capability, shared,
-      shared_half;  // shared memory of one block, and of one of kBlocksPerSM that are resident
-
-  static const Limits& of(int device) {
-    constexpr int kDevices = 64;
-    static std::array<std::once_flag, kDevices> asked;
-    static std::array<Limits, kDevices> known;
-    if (device >= kDevices) throw std::runtime_error("CUDA devices beyond number 63 are not supported");
-    std::call_once(asked[device], [&] { known[device] = Limits(device); });
-    return known[device];
-  }
-
-  Limits() = default;
-
- private:
-  explicit Limits(int device) {
-    auto ask = [&](cudaDeviceAttr attribute) {
-      int value = 0;
-      check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-      return value;
-    };
-    compute_capability = ask(cudaDevAttrComputeCapabilityMajor);
-    shared = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    shared_half = std::min(shared, ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kBlocksPerSM -
-                                       ask(cudaDevAttrReservedSharedMemoryPerBlock));
-  }
-};
-
 // Of a kernel on a device: what lets two blocks reside, or what the shortest tile of the most objectives needs.
 template <class S, Kind kKind>
 int most_shared(int device) {
   using C = typename Storage<S>::Compute;
   constexpr int64_t kLeast =
       sizeof(Shared<C>) + Tile<C>::bytes(kMaxObjectives, kKind == Kind::kGram, true, Tile<C>::kStep);
-  const Limits& limits = Limits::of(device);
-  if (kLeast > limits.shared) throw std::runtime_error("this CUDA device has too little shared memory");
-  return std::max(limits.shared_half, static_cast<int>(kLeast));
+  const int shared = attribute_of<cudaDevAttrMaxSharedMemoryPerBlockOptin>(device);
+  if (kLeast > shared) throw std::runtime_error("this CUDA device has too little shared memory");
+  const int resident = attribute_of<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(device) / kBlocksPerSM -
+                       attribute_of<cudaDevAttrReservedSharedMemoryPerBlock>(device);
+  return std::max(std::min(shared, resident), static_cast<int>(kLeast));
 }
 
 const ShapeRow& shape_of(const CombineParams& p) {
@@ -144,7 +114,7 @@ Access access_of(const CombineParams& p) {
 template <class C>
 int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared, bool cluster) {
   constexpr int64_t kStep = Tile<C>::kStep;
-  const bool gram = kind_of(p) == Kind::kGram, grouped = Tile<C>::has_pools(p);
+  const bool gram = p.has_gram(), grouped = p.normalizes_groups();
   p.access = access_of(p);
   p.meeting = blocks == 1                                           ? Meeting::kBlock
               : shape_of(p).meeting == Meeting::kCluster && cluster ? Meeting::kCluster
@@ -172,9 +142,7 @@ int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared, bool c
 }  // namespace
 
 // Behind the blocks' own memory stands that of the normalisation.
-static int64_t blocks_bytes(const CombineParams& p) {
-  return (block_bytes(p.n, p.solver == Solver::kMinNorm) * blocks_for(p) + 15) / 16 * 16;
-}
+static int64_t blocks_bytes(const CombineParams& p) { return (block_bytes(p) * blocks_for(p) + 15) / 16 * 16; }
 
 int64_t combine_cuda_workspace(const CombineParams& p) { return blocks_bytes(p) + normalize_cuda_workspace(p); }
 
@@ -189,8 +157,8 @@ void launch_combine_cuda(CombineParams& params, void* stream) {
     constexpr auto kKernel = combine_kernel<S, kKind>;
     const int most = most_shared<S, kKind>(params.device.index);
     const int64_t blocks = blocks_for(params);
-    const bool cluster =
-        Limits::of(params.device.index).compute_capability >= 9 && code_version<kKernel>(params.device.index) >= 90;
+    const bool cluster = attribute_of<cudaDevAttrComputeCapabilityMajor>(params.device.index) >= 9 &&
+                         code_version<kKernel>(params.device.index) >= 90;
     const int64_t shared = plan_tiles<typename Storage<S>::Compute>(params, blocks, most, cluster);
     allow_shared<kKernel>(params.device.index, most);
     launch_together(reinterpret_cast<const void*>(kKernel), blocks, kThreads, params, stream,

@@ -16,46 +16,62 @@ __device__ inline char* dynamic_shared() {
 }
 #endif
 
+// What ask() says of a device, asked once; 0 is asked again.
 constexpr int kKnownDevices = 64;
+template <class Ask>
+int ask_once(std::atomic<int> (&known)[kKnownDevices], int device, Ask ask) {
+  if (device >= kKnownDevices) return ask();
+  int answer = known[device];
+  if (answer == 0) known[device] = answer = ask();
+  return answer;
+}
 
-// Lets a kernel have so much dynamic shared memory on a device; told to CUDA once.
+template <cudaDeviceAttr kAttribute>
+int attribute_of(int device) {
+  static std::atomic<int> known[kKnownDevices];
+  return ask_once(known, device, [&] {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, kAttribute, device), "cudaDeviceGetAttribute");
+    return value;
+  });
+}
+
+// Lets a kernel have so much dynamic shared memory on a device.
 template <auto kKernel>
 void allow_shared(int device, int bytes) {
-  static std::atomic<bool> done[kKnownDevices];
-  if (device < kKnownDevices && done[device]) return;
-  check_cuda(
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-      "cudaFuncSetAttribute");
-  if (device < kKnownDevices) done[device] = true;
+  static std::atomic<int> done[kKnownDevices];
+  ask_once(done, device, [&] {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    bytes),
+               "cudaFuncSetAttribute");
+    return 1;
+  });
 }
 
 // Compute capability that the code of a kernel was written for, 90 for 9.0: less than the device's where that runs
-// older PTX. Asked once per device.
+// older PTX.
 template <auto kKernel>
 int code_version(int device) {
   static std::atomic<int> known[kKnownDevices];
-  if (device < kKnownDevices && known[device]) return known[device];
-  cudaFuncAttributes attributes{};
-  check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)), "cudaFuncGetAttributes");
-  if (device < kKnownDevices) known[device] = attributes.ptxVersion;
-  return attributes.ptxVersion;
+  return ask_once(known, device, [&] {
+    cudaFuncAttributes attributes{};
+    check_cuda(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel)), "cudaFuncGetAttributes");
+    return attributes.ptxVersion;
+  });
 }
 
-// Blocks of a kernel that are resident together, as a cooperative launch needs; asked once per device.
+// Blocks of a kernel that are resident together, as a cooperative launch needs.
 template <auto kKernel>
 int resident_blocks(int device, int threads, int most_per_multiprocessor, int shared = 0) {
   static std::atomic<int> known[kKnownDevices];
-  if (device < kKnownDevices && known[device]) return known[device];
-  const DeviceGuard guard(device);
-  if (shared > 0) allow_shared<kKernel>(device, shared);
-  int multiprocessors = 0, each = 0;
-  check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute");
-  check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, shared),
-             "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-  const int blocks = multiprocessors * std::clamp(each, 1, most_per_multiprocessor);
-  if (device < kKnownDevices) known[device] = blocks;
-  return blocks;
+  return ask_once(known, device, [&] {
+    const DeviceGuard guard(device);
+    if (shared > 0) allow_shared<kKernel>(device, shared);
+    int each = 0;
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kKernel, threads, shared),
+               "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return attribute_of<cudaDevAttrMultiProcessorCount>(device) * std::clamp(each, 1, most_per_multiprocessor);
+  });
 }
 
 // Launches a kernel of one argument whose blocks meet, if there is more than one, as `meeting` says.

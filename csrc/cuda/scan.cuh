@@ -14,9 +14,9 @@ __host__ __device__ constexpr int64_t gram_size(int n) { return static_cast<int6
 
 // Per block in the workspace: the moments of each objective, then at level "token" the sums of c_i, of s* and of
 // tokens; for min-norm the Gram matrix of the block, that of all, and the solver's scratch.
-__host__ __device__ constexpr int64_t block_bytes(int n, bool min_norm) {
-  const int64_t doubles = n + 2 + (min_norm ? 2 * gram_size(n) + min_norm_scratch(n) : 0);
-  return n * static_cast<int64_t>(sizeof(Moments)) + doubles * static_cast<int64_t>(sizeof(double));
+__host__ __device__ inline int64_t block_bytes(const CombineParams& p) {
+  const int64_t doubles = p.n + 2 + (p.has_gram() ? 2 * gram_size(p.n) + min_norm_scratch(p.n) : 0);
+  return p.n * static_cast<int64_t>(sizeof(Moments)) + doubles * static_cast<int64_t>(sizeof(double));
 }
 
 template <class C>
@@ -31,18 +31,12 @@ static_assert(sizeof(Shared<float>) % kBytes == 0 && sizeof(Shared<double>) % kB
               "the tile behind it is accessed kBytes at a time");
 
 __device__ inline Moments* block_moments(const CombineParams& p, int block) {
-  return reinterpret_cast<Moments*>(static_cast<char*>(p.workspace) +
-                                    block * block_bytes(p.n, p.solver == Solver::kMinNorm));
+  return reinterpret_cast<Moments*>(static_cast<char*>(p.workspace) + block * block_bytes(p));
 }
 __device__ inline double* block_sums(const CombineParams& p, int block) {
   return reinterpret_cast<double*>(block_moments(p, block) + p.n);
 }
 __device__ inline double* block_gram(const CombineParams& p, int block) { return block_sums(p, block) + p.n + 2; }
-
-template <class C>
-__device__ C larger_of(C a, C b) {
-  return b > a ? b : a;
-}
 
 template <class T>
 __device__ T warp_sum(T x) {
@@ -70,7 +64,7 @@ class Scanner {
     e.taken = e.finite || (p.propagate && (flags & kValidFlag));
     C processed = raw;
     if (p.affine && e.taken) {
-      const bool grouped = Tile<C>::has_pools(p);
+      const bool grouped = p.normalizes_groups();
       const int64_t many = grouped ? p.groups : 1;
       processed = Maps<C>(static_cast<C*>(p.affine), p.n * many)[i * many + (grouped ? tile.pool[k] : 0)](raw);
     }
@@ -124,8 +118,9 @@ class Scanner {
         deviation += __shfl_xor_sync(0xffffffffu, deviation, offset);
         squares += __shfl_xor_sync(0xffffffffu, squares, offset);
         active += __shfl_xor_sync(0xffffffffu, active, offset);
-        low = -larger_of(-low, -__shfl_xor_sync(0xffffffffu, low, offset));
-        high = larger_of(high, __shfl_xor_sync(0xffffffffu, high, offset));
+        const C lower = __shfl_xor_sync(0xffffffffu, low, offset), higher = __shfl_xor_sync(0xffffffffu, high, offset);
+        low = lower < low ? lower : low;
+        high = higher > high ? higher : high;
         found += __shfl_xor_sync(0xffffffffu, found, offset);
         told += __shfl_xor_sync(0xffffffffu, told, offset);
       }
@@ -137,14 +132,8 @@ class Scanner {
         m.nonzero = told & 1023;
         m.clipped = told >> 10;
         m.active = static_cast<double>(active);
-        if (m.count > 0) {
-          const double n = static_cast<double>(m.count), drift = static_cast<double>(deviation);
-          const double spread = static_cast<double>(squares), m2 = spread - drift * (drift / n);
-          m.mean = static_cast<double>(centre) + drift / n;
-          m.m2 = spread == HUGE_VAL ? spread : m2 < 0.0 ? 0.0 : m2;
-          m.min = static_cast<double>(low);
-          m.max = static_cast<double>(high);
-        }
+        settle(m, static_cast<double>(centre), static_cast<double>(deviation), static_cast<double>(squares));
+        if (m.count > 0) m.min = static_cast<double>(low), m.max = static_cast<double>(high);
         shared.part[unit] = m;
       }
     }

@@ -40,12 +40,8 @@ struct Tile {
     const int64_t plane = static_cast<int64_t>(p.n) * stride;
     x = reinterpret_cast<C*>(base);
     gated = x + plane;
-    pool = reinterpret_cast<int*>(p.solver == Solver::kMinNorm && p.level != Level::kToken ? gated + plane : gated);
-    flags = reinterpret_cast<uint8_t*>(has_pools(p) ? pool + stride : pool);
-  }
-
-  static __host__ __device__ bool has_pools(const CombineParams& p) {
-    return p.affine && p.normalize.by == Pool::kGroup;
+    pool = reinterpret_cast<int*>(p.has_gram() ? gated + plane : gated);
+    flags = reinterpret_cast<uint8_t*>(p.normalizes_groups() ? pool + stride : pool);
   }
 };
 
@@ -159,7 +155,7 @@ __device__ __forceinline__ void load_tile(const CombineParams& p, int64_t first,
       }
     }
   }
-  const bool pools = Tile<C>::has_pools(p);
+  const bool pools = p.normalizes_groups();
   const int padded = (count + Tile<C>::kStep - 1) / Tile<C>::kStep * Tile<C>::kStep;
   for (int k = threadIdx.x; k < padded; k += kThreads) {
     uint8_t flags = 0;

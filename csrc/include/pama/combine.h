@@ -122,6 +122,8 @@ struct CombineParams {
   }
   PAMA_HD int64_t packed_size() const { return kStatistics * static_cast<int64_t>(n) + solves() * (n + 1); }
 
+  PAMA_HD bool has_gram() const { return solver == Solver::kMinNorm && level != Level::kToken; }  // of one token: none
+  PAMA_HD bool normalizes_groups() const { return affine && normalize.by == Pool::kGroup; }
   PAMA_HD bool marks() const { return normalize.combined != Pool::kNone; }          // -0 left where there is no data
   PAMA_HD int64_t pools() const { return level == Level::kGroup ? groups : rows; }  // solved one by one
   PAMA_HD int64_t row_at(int64_t k) const { return order ? order[k] : k; }  // of the tensors, the k-th in grouped order

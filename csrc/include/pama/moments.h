@@ -36,6 +36,13 @@ PAMA_HD void add(Moments& m, double x) {
   m.max = x > m.max ? x : m.max;
 }
 
+// The mean and m2 of m.count entries from the sums of their deviations from a centre near the mean, and of the squares.
+PAMA_HD void settle(Moments& m, double centre, double drift, double spread) {
+  const double n = static_cast<double>(m.count > 0 ? m.count : 1), m2 = spread - drift * (drift / n);
+  m.mean = centre + drift / n;
+  m.m2 = spread == HUGE_VAL ? spread : m2 < 0.0 ? 0.0 : m2;  // squares may overflow: inf, not inf - inf
+}
+
 // Chan, Golub, LeVeque 1983: never E[x^2] - E[x]^2.
 PAMA_HD void merge(Moments& into, const Moments& from) {
   if (from.count > 0) {

@@ -1,0 +1,138 @@
+"""The CUDA kernel of ``combine`` on a device, where its source on the host (test_cuda_on_host.py) cannot follow.
+
+Real shared memory, clusters and alignment: every way in which a tile is loaded, every place where blocks meet, tiles
+that a block loads a second time. Sizes follow the table in csrc/cuda/combine.cu; the CPU kernel is the measure, as it
+has been compared with the specification.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compare import assert_same_result
+
+from pama_ext import Normalize, combine, combine_
+
+pytestmark = pytest.mark.cuda
+CUDA = torch.device("cuda")
+LEVELS = ("batch", "sequence", "token")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# Elements that one block takes, a cluster of two and of eight, a grid, a grid that holds all, and one that cannot.
+ELEMENTS = {"block": 8000, "two": 9000, "cluster": 65000, "grid": 70000, "resident": 1 << 21, "streams": 1 << 25}
+
+
+def problem(shape, dtype=torch.float32, seed=0):
+    """On the CPU: NaN behind the mask, and some inf before it."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, generator=g)
+    mask = torch.rand(shape[:-1], generator=g) < 0.8
+    x[torch.rand(shape, generator=g) < 0.01] = torch.inf
+    x[~mask] = torch.nan
+    return x.to(dtype), {"mask": mask, "log_ratio": 0.3 * torch.randn(shape[:-1], generator=g)}
+
+
+def moved(options, device):
+    return {name: o.to(device) if isinstance(o, torch.Tensor) else o for name, o in options.items()}
+
+
+def assert_like(result, expected, *, advantages=True):
+    """The CPU's result to rounding; what is counted exactly."""
+    sums = {"rtol": 2e-5, "atol": 2e-5} if expected.weights.dtype == torch.float32 else {"rtol": 1e-10, "atol": 1e-10}
+    for name, got, want in zip(expected.stats._fields, result.stats, expected.stats, strict=True):
+        if name in ("count", "nonfinite", "min", "max", "dead_groups"):
+            assert torch.equal(got.cpu(), want), f"{name}: {got.tolist()}, expected {want.tolist()}"
+        torch.testing.assert_close(got.cpu(), want, **sums, msg=lambda text, n=name: f"{n}: {text}")
+    torch.testing.assert_close(result.weights.cpu(), expected.weights, **sums)
+    torch.testing.assert_close(result.value.cpu(), expected.value, **sums)
+    if advantages:
+        torch.testing.assert_close(result.advantages.cpu(), expected.advantages)
+
+
+def compare(x, options, view=lambda x: x, **keywords):
+    """One call out of place and one in place, on the device and on the CPU."""
+    expected = combine(view(x), **options, **keywords)
+    there = view(x.to(CUDA))
+    assert_like(combine(there, **moved(options, CUDA), **keywords), expected)
+    shares, shares_there = x.clone(), x.to(CUDA)
+    combine_(view(shares), **options, **keywords)
+    assert_like(combine_(view(shares_there), **moved(options, CUDA), **keywords), expected, advantages=False)
+    torch.testing.assert_close(shares_there.cpu(), shares, equal_nan=True)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("elements", ELEMENTS.values(), ids=ELEMENTS)
+def test_wherever_blocks_meet(elements, level):
+    compare(*problem((8, elements // 24, 3)), level=level)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [*range(1, 18), 31, 32, 33, 63, 64])
+def test_every_number_of_objectives(n, dtype):
+    for level in ("batch", "token"):
+        compare(*problem((5, 601, n), dtype, seed=n), level=level)
+
+
+VIEWS = {
+    "first": lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+    "unaligned": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+    "a part of the tokens": lambda x: x[:, 3:-2],
+    "a part of the objectives": lambda x: x[..., :-1],
+    "every second row": lambda x: x[::2],
+    "a list": lambda x: list(x.unbind(-1)),
+}
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", VIEWS)
+def test_however_memory_is_laid_out(name, dtype, level):
+    x, options = problem((6, 1003, 5), dtype)
+    view = VIEWS[name]
+    if name == "a part of the tokens":
+        options = {key: value[:, 3:-2] for key, value in options.items()}
+    if name == "every second row":
+        options = {key: value[::2] for key, value in options.items()}
+    expected = combine(view(x), **options, level=level)
+    result = combine(view(x.to(CUDA)), **moved(options, CUDA), level=level)
+    assert_like(result, expected)
+
+
+@pytest.mark.parametrize("n", [2, 5, 20])
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 100, 256, 257, 5000])
+def test_pools_of_every_size(size, n):
+    """Several rows or groups to a tile, one to a tile, several tiles to one."""
+    rows = max(4, 40000 // size)
+    x, options = problem((rows, size, n))
+    compare(x, options, level="sequence")
+    compare(x, options, level="group", normalize=Normalize(by="group", group_size=2 if rows % 2 == 0 else 1))
+    ids = (torch.arange(rows) // 3) * 7919 % 1009
+    expected = combine(x, **options, level="group", normalize=Normalize(by="group", group_ids=ids))
+    by_ids = Normalize(by="group", group_ids=ids.to(CUDA))
+    assert_like(combine(x.to(CUDA), **moved(options, CUDA), level="group", normalize=by_ids), expected)
+
+
+@pytest.mark.parametrize("level", ["batch", "sequence"])
+@pytest.mark.parametrize("elements", list(ELEMENTS.values())[:-1], ids=list(ELEMENTS)[:-1])
+def test_gram_matrices(elements, level):
+    for n in (2, 10):
+        compare(*problem((8, elements // n // 8, n), torch.float64), level=level, solver="min_norm")
+
+
+@pytest.mark.parametrize("elements", ELEMENTS.values(), ids=ELEMENTS)
+def test_bits_are_the_same_every_time(elements):
+    x, options = problem((8, elements // 24, 3))
+    x, options = x.to(CUDA), moved(options, CUDA)
+    for level in ("batch", "token"):
+        first = combine(x, **options, level=level)
+        for _ in range(5):
+            assert_same_result(combine(x, **options, level=level), first)
+
+
+@pytest.mark.parametrize("elements", ["cluster", "grid", "streams"])
+def test_equal_objectives_get_equal_bits(elements):
+    """Pieces have the same tokens for every objective, wherever it stands."""
+    one = torch.randn(8, ELEMENTS[elements] // 40, 1, device=CUDA)
+    result = combine(one.expand(-1, -1, 5).contiguous())
+    assert torch.equal(result.weights, torch.full((5,), 0.2, device=CUDA))
+    for field in result.stats:
+        assert len(set(field.tolist())) == 1
