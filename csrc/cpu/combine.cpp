@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <vector>
 
@@ -38,6 +39,26 @@ std::atomic<const CpuKernels*>& active() {
 struct Part {
   Moments moments[kMaxObjectives];
   TokenShares shares;
+  Guess guess;
+};
+
+// The moments of the parts that are done, whichever they are: good enough for a guess.
+class Done {
+ public:
+  explicit Done(int objectives) : n(objectives) { std::fill(moments, moments + n, Moments::empty()); }
+  void add(const Moments* part) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    for (int i = 0; i < n; ++i) merge(moments[i], part[i]);
+  }
+  void copy(Moments* to) {
+    const std::lock_guard<std::mutex> lock(mutex);
+    std::copy(moments, moments + n, to);
+  }
+
+ private:
+  const int n;
+  std::mutex mutex;
+  Moments moments[kMaxObjectives];
 };
 
 // A view of the problem whose samples are the scores of the rows, or the combined advantage.
@@ -126,6 +147,7 @@ class Run {
     const std::unique_ptr<Part[]> many(parts > 1 ? new Part[parts] : nullptr);
     const std::unique_ptr<double[]> gram(grams ? new double[parts * grams]() : nullptr);
     Part* const part = parts > 1 ? many.get() : &one;
+    Done done(p.n);
     for_parts(parallel_for, parts, units, [&](int64_t k, int64_t first, int64_t last) {
       std::fill(part[k].moments, part[k].moments + p.n, Moments::empty());
       if (p.level == Level::kToken) {
@@ -133,7 +155,7 @@ class Run {
         part[k].shares.value = 0.0;
         part[k].shares.used = 0;
       }
-      observe(part[k], gram ? gram.get() + k * grams : nullptr, first, last);
+      observe(part[k], gram ? gram.get() + k * grams : nullptr, first, last, done);
     });
     for (int64_t k = 1; k < parts; ++k) {
       for (int i = 0; i < p.n; ++i) merge(part[0].moments[i], part[k].moments[i]);
@@ -152,21 +174,42 @@ class Run {
       value = mean_shares(part, parts, weights);
     } else {
       value = solve_pool(p, part[0].moments, gram.get(), weights);
-      for_parts(parallel_for, parts_for(p.tokens() * p.n, p.tokens()), p.tokens(),
-                [&](int64_t, int64_t first, int64_t last) { kernels.weigh(p, first, last, weights); });
+      weigh(part, parts, units, weights);
     }
     C* out = packed + kStatistics * p.n;
     for (int i = 0; i < p.n; ++i) out[i] = static_cast<C>(weights[i]);
     out[p.n] = static_cast<C>(value);
   }
 
-  void observe(Part& part, double* gram, int64_t first, int64_t last) const {
-    if (p.level == Level::kToken)
-      kernels.tokens(p, first, last, part.moments, part.shares);
-    else if (p.level == Level::kBatch)
-      kernels.scan(p, first, last, part.moments, gram);
-    else
-      kernels.pools(p, first, last, part.moments, gram);
+  void observe(Part& part, double* gram, int64_t first, int64_t last, Done& done) const {
+    if (p.level == Level::kToken) return kernels.tokens(p, first, last, part.moments, part.shares);
+    if (p.level != Level::kBatch) return kernels.pools(p, first, last, part.moments, gram);
+    if (!guesses()) return kernels.scan(p, first, last, part.moments, gram, nullptr, nullptr);
+    Moments others[kMaxObjectives];
+    done.copy(others);
+    kernels.scan(p, first, last, part.moments, gram, others, &part.guess);
+    done.add(part.moments);
+  }
+
+  // Whether a combination under wrong weights does no harm, and costs little.
+  bool guesses() const { return !p.in_place && !p.measures && !p.has_gram(); }
+
+  // The combination of the tokens that no part has guessed right.
+  void weigh(const Part* part, int64_t parts, int64_t units, const double* weights) const {
+    if (!guesses())
+      return for_parts(parallel_for, parts_for(p.tokens() * p.n, p.tokens()), p.tokens(),
+                       [&](int64_t, int64_t first, int64_t last) { kernels.weigh(p, first, last, weights); });
+    int64_t firsts[kMaxParts], lasts[kMaxParts], left = 0, tokens = 0;
+    for (int64_t k = 0; k < parts; ++k) {
+      const int64_t first = part_start(k, parts, units), last = part_start(k + 1, parts, units);
+      const int64_t end = part[k].guess.holds(weights, p.n) ? std::min(part[k].guess.from, last) : last;
+      if (end <= first) continue;
+      firsts[left] = first, lasts[left++] = end;
+      tokens += end - first;
+    }
+    const bool alone = tokens * p.n < 2 * kElementsPerPart;
+    for_parts(alone ? nullptr : parallel_for, left, left,
+              [&](int64_t, int64_t k, int64_t) { kernels.weigh(p, firsts[k], lasts[k], weights); });
   }
 
   double mean_shares(Part* part, int64_t parts, double* weights) const {
@@ -213,6 +256,25 @@ bool use_cpu_instructions(const char* name) {
     if (!strcmp(kernels->name, name)) return active() = kernels, true;
   return false;
 }
+
+// Only one objective with a weight, or weights that are given: others will hardly turn out to be the weights bit by bit.
+void Guess::look(const CombineParams& p, const Moments* others, const Moments* here, int64_t t) {
+  Moments seen[kMaxObjectives];
+  double now[kMaxObjectives];
+  int weighted = 0;
+  for (int i = 0; i < p.n; ++i) {
+    seen[i] = others[i];
+    merge(seen[i], here[i]);
+  }
+  solve(p, seen, nullptr, nullptr, now);
+  for (int i = 0; i < p.n; ++i) weighted += now[i] != 0.0;
+  const bool clear = weighted == 1 || p.solver == Solver::kFixed;
+  if (clear && from != kNone && holds(now, p.n)) return;
+  std::copy(now, now + p.n, weights);
+  from = clear ? t : kNone;
+}
+
+bool Guess::holds(const double* of, int n) const { return from != kNone && std::equal(of, of + n, weights); }
 
 double solve_pool(const CombineParams& p, const Moments* moments, const double* gram, double* weights) {
   if (p.solver != Solver::kMinNorm) return solve(p, moments, nullptr, nullptr, weights);

@@ -22,6 +22,7 @@ class Kernel : Observer<C> {
   using Observer<C>::floor;
   using Observer<C>::gated_at;
   using Observer<C>::kInf;
+  using Observer<C>::keep;
   using Observer<C>::kLanes;
   using Observer<C>::lanes;
   using Observer<C>::normalizer;
@@ -37,12 +38,20 @@ class Kernel : Observer<C> {
   explicit Kernel(const CombineParams& params)
       : Observer<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {}
 
-  // Statistics of the tokens [first, last), merged into moments[n], and into the Gram matrix if there is one.
+  // Statistics of the tokens [first, last), merged into moments[n], and into the Gram matrix if there is one; and their
+  // combination, if it can be guessed. Looked at after 1, 2, 4, ... tiles, the guess costs little.
   template <class S>
-  void scan(int64_t first, int64_t last, Moments* moments, double* gram) {
+  void scan(int64_t first, int64_t last, Moments* moments, double* gram, const Moments* others, Guess* guess) {
+    int64_t done = 0;
     tiles(first, last, [&](int64_t t, int count) {
       load<S>(t, count);
       scan_tile(t, count, moments, gram);
+      if (!guess) return;
+      const int64_t from = guess->from;
+      if (++done; (done & (done - 1)) == 0) guess->look(p, others, moments, t);
+      if (guess->from == Guess::kNone) return;
+      if (guess->from != from) want(guess->weights);
+      combine_tile<S>(t, count);
     });
   }
 
@@ -112,47 +121,13 @@ class Kernel : Observer<C> {
   // read.
   template <class S>
   void weigh(int64_t first, int64_t last, const double* weights) {
-    const bool mark = p.marks();
-    int wanted[kMaxObjectives], many = 0;
-    for (int i = 0; i < p.n; ++i)
-      if (mark || weights[i] != 0.0) wanted[many++] = i;
+    want(weights);
     const bool together = adjacent && !p.sums && many > 2;  // then in one walk over memory
     tiles(first, last, [&](int64_t t, int count) {
       load_valid(p, t, count, tile);
       if (together) load_objectives<S>(p, p.advantages, true, t, count, tile.x, stride);
-      for (int j = 0; j < many; ++j) {
-        const int i = wanted[j];
-        C* x = tile.x + i * stride;
-        if (!together) load_objective<S>(i, t, count, x);
-        if (normalizer.active()) normalizer.apply(i, t, count, x, x);
-      }
-      for (int k = 0; k < count; k += kLanes) {
-        const M valid = vec(tile.valid + k);
-        V combined{};
-        M any{};
-        for (int j = 0; j < many; ++j) {
-          const int i = wanted[j];
-          const C weight = static_cast<C>(weights[i]);
-          V& x = vec(tile.x + i * stride + k);
-          const V advantage = larger(all(floor), x) * scale[i];
-          const M take = valid & (finite(x) | propagate);
-          const V share = weight != 0 ? only(take, weight * advantage) : V{};
-          any |= take;
-          combined += share;
-          if (p.in_place) x = share;
-        }
-        vec(tile.out + k) = mark ? marked<S>(combined, any) : combined;
-      }
-      if (!p.in_place) return store_plane<S>(p, p.out, t, count, tile.out);
-      for (int i = 0, j = 0; i < p.n; ++i) {
-        C* x = tile.x + i * stride;
-        if (j < many && wanted[j] == i) {
-          ++j;
-        } else {
-          fill(x, 0, count, C{0});
-        }
-        store_plane<S>(p, p.advantages[i], t, count, x);
-      }
+      for (int j = 0; j < many && !together; ++j) load_objective<S>(wanted[j], t, count, tile.x + wanted[j] * stride);
+      combine_tile<S>(t, count);
     });
   }
 
@@ -180,20 +155,80 @@ class Kernel : Observer<C> {
     for (int64_t t = first; t < last; t += stride) f(t, static_cast<int>(smaller<int64_t>(stride, last - t)));
   }
 
+  // The objectives that a combination under these weights has to see.
+  void want(const double* weights) {
+    many = 0;
+    for (int i = 0; i < p.n; ++i) {
+      weight[many] = static_cast<C>(weights[i]);
+      if (p.marks() || weight[many] != 0) wanted[many++] = i;
+    }
+  }
+
+  // The combination of a tile in `x`, as loaded, under the weights wanted.
+  template <class S>
+  void combine_tile(int64_t t, int count) {
+    for (int j = 0; j < many && normalizer.active(); ++j) {
+      C* x = tile.x + wanted[j] * stride;
+      normalizer.apply(wanted[j], t, count, x, x);
+    }
+    bool first = true;
+    for (int j = 0; j < many; ++j) {
+      if (weight[j] == 0) continue;  // 0 * inf would be NaN
+      p.in_place ? add_share<true>(j, first, count) : add_share<false>(j, first, count);
+      first = false;
+    }
+    if (first) fill(tile.out, 0, count, C{0});
+    for (int k = 0; k < count && p.marks(); k += kLanes) {
+      M any{};
+      for (int i = 0; i < p.n; ++i) any |= vec(tile.valid + k) & (finite(vec(tile.x + i * stride + k)) | propagate);
+      vec(tile.out + k) = marked<S>(vec(tile.out + k), any);
+    }
+    if (!p.in_place) return store_plane<S>(p, p.out, t, count, tile.out);
+    for (int i = 0, j = 0; i < p.n; ++i) {
+      C* x = tile.x + i * stride;
+      if (j < many && wanted[j] == i) {
+        ++j;
+      } else {
+        fill(x, 0, count, C{0});
+      }
+      store_plane<S>(p, p.advantages[i], t, count, x);
+    }
+  }
+
+  // c_i A_i of the j-th of the objectives wanted, added to those before it; kept in `x` where that is asked for.
+  template <bool kKeep>
+  void add_share(int j, bool first, int count) {
+    C* const x = tile.x + wanted[j] * stride;
+    const V factor = all(scale[wanted[j]]), share_of = all(weight[j]), lowest = all(floor);
+    for (int k = 0; k < count; k += kLanes) {
+      const M take = vec(tile.valid + k) & (finite(vec(x + k)) | propagate);
+      const V share = only(take, share_of * (larger(lowest, vec(x + k)) * factor));
+      vec(tile.out + k) = (first ? V{} : vec(tile.out + k)) + share;
+      if (kKeep) vec(x + k) = share;
+    }
+  }
+
   void scan_tile(int64_t t, int count, Moments* moments, double* gram) {
     if (!gram) {
-      for (int i = 0; i < p.n; ++i) this->template observe<false>(i, t, count, moments[i]);
+      for (int i = 0; i < p.n; ++i) this->template observe<Keep::kNothing>(i, t, count, moments[i]);
       return;
     }
-    for (int i = 0; i < p.n; ++i) this->template observe<true>(i, t, count, moments[i]);
+    for (int i = 0; i < p.n; ++i) this->template observe<Keep::kAll>(i, t, count, moments[i]);
     add_gram(count, gram);
   }
 
   template <class S>
   void tokens_tile(int64_t t, int count, Moments* moments, TokenShares& shares) {
-    bool plain = p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token;
-    for (int i = 0; i < p.n; ++i) plain &= this->template observe<true>(i, t, count, moments[i]);
-    plain ? solve_plain_tokens<S>(count, shares) : solve_tokens<S>(t, count, shares);
+    uint64_t plain = 0;
+    for (int i = 0; i < p.n; ++i)
+      plain |= uint64_t{this->template observe<Keep::kUnlessPlain>(i, t, count, moments[i])} << i;
+    if (p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token && plain == ~uint64_t{0} >> (64 - p.n)) {
+      solve_plain_tokens<S>(count, shares);
+    } else {
+      for (int i = 0; i < p.n; ++i)
+        if (plain >> i & 1 && !normalizer.active()) keep(i, tile.x + i * stride, count);
+      solve_tokens<S>(t, count, shares);
+    }
     if (p.in_place) {
       for (int i = 0; i < p.n; ++i) store_plane<S>(p, p.advantages[i], t, count, tile.x + i * stride);
     } else {
@@ -297,26 +332,39 @@ class Kernel : Observer<C> {
       }
   }
 
-  // Theorem 1 where no a_i is negative, or missing at a valid token: s* is the smallest.
+  // Theorem 1 where no a_i is negative, or missing at a valid token: s* is the smallest. `x` holds what was loaded or,
+  // if that is normalised, A_i.
   template <class S>
   void solve_plain_tokens(int count, TokenShares& shares) {
-    V share_sum[kMaxObjectives], value_sum{};
-    for (int i = 0; i < p.n; ++i) share_sum[i] = V{};
+    V share_sum[kMaxObjectives], factor[kMaxObjectives], value_sum{};
+    for (int i = 0; i < p.n; ++i) {
+      share_sum[i] = V{};
+      factor[i] = all(normalizer.active() ? C{1} : scale[i]);
+    }
+    // Known not to change with what is stored below.
+    const int64_t step = stride, tall = step * p.n;
+    const bool in_place = p.in_place, mark = p.marks();
     for (int k = 0; k < count; k += kLanes) {
       const M valid = vec(tile.valid + k), not_above = vec(tile.not_above + k);
+      const Where<V, M> where(valid);
       V low = all(kInf), at_low{}, combined{};
-      C *const x = tile.x + k, *const end = x + p.n * stride;
-      for (C* a = x; a < end; a += stride) low = smaller(only(not_above, vec(a)), low);
-      for (C* a = x; a < end; a += stride) at_low += only(not_above, vec(a)) == low ? all(1) : V{};
+      C *const x = tile.x + k, *const end = x + tall;
+      const V* by = factor;
+      for (C* a = x; a < end; a += step, ++by) {
+        vec(a) = larger(where.only(vec(a)), V{}) * *by;
+        low = smaller(only(not_above, vec(a)), low);
+      }
+      for (C* a = x; a < end; a += step) at_low += only(not_above, vec(a)) == low ? all(1) : V{};
       const V share = only(valid, 1 / at_low);
       V* sum = share_sum;
-      for (C* a = x; a < end; a += stride, ++sum) {
-        const V c = only(not_above, vec(a)) == low ? share : V{};
-        *sum += c;
-        vec(a) *= c;
-        combined += vec(a);
+      for (C* a = x; a < end; a += step, ++sum) {
+        const M lowest = only(not_above, vec(a)) == low;
+        *sum += lowest ? share : V{};
+        const V contribution = lowest ? share * vec(a) : V{};  // chosen after it is rounded, as in solve_tokens: no FMA
+        combined += contribution;
+        if (in_place) vec(a) = contribution;
       }
-      vec(tile.out + k) = p.marks() ? marked<S>(combined, valid) : combined;
+      vec(tile.out + k) = mark ? marked<S>(combined, valid) : combined;
       value_sum += only(valid, low);
     }
     add_shares(share_sum, value_sum, shares);
@@ -406,6 +454,8 @@ class Kernel : Observer<C> {
   }
 
   const bool adjacent;
+  int many, wanted[kMaxObjectives];  // the objectives that are combined
+  C weight[kMaxObjectives];          // of each of them
 };
 
 namespace {
@@ -419,10 +469,11 @@ inline __attribute__((always_inline)) void with_kernel(const CombineParams& p, F
   });
 }
 
-void scan(const CombineParams& p, int64_t first, int64_t last, Moments* moments, double* gram) {
+void scan(const CombineParams& p, int64_t first, int64_t last, Moments* moments, double* gram, const Moments* others,
+          Guess* guess) {
   with_kernel(p, [&](auto& kernel, auto s) {
     if (p.measures) return kernel.template scan_groups<decltype(s)>(first, last, moments, gram);
-    kernel.template scan<decltype(s)>(first, last, moments, gram);
+    kernel.template scan<decltype(s)>(first, last, moments, gram, others, guess);
   });
 }
 
@@ -450,7 +501,7 @@ void pools(const CombineParams& p, int64_t first, int64_t last, Moments* moments
       double weights[kMaxObjectives];
       fill(of, 0, p.n, Moments::empty());
       if (gram) fill(gram, 0, p.n * p.n + 1, 0.0);
-      kernel.template scan<S>(begin * p.row_tokens, end * p.row_tokens, of, gram);
+      kernel.template scan<S>(begin * p.row_tokens, end * p.row_tokens, of, gram, nullptr, nullptr);
       const double value = solve_pool(p, of, gram, weights);
       kernel.template weigh<S>(begin * p.row_tokens, end * p.row_tokens, weights);
       for (int i = 0; i < p.n; ++i) merge(moments[i], of[i]);

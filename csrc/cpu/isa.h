@@ -23,11 +23,24 @@ struct ValueSums {
   double losses[kMaxObjectives], clipped[kMaxObjectives], values[kMaxObjectives];
 };
 
+// Level batch: the weights as a part guesses them from what has been seen so far. It combines its tokens under them while
+// they are in the nearest cache, and if they turn out to be the weights, nothing is left to do there.
+struct Guess {
+  static constexpr int64_t kNone = INT64_MAX;
+
+  double weights[kMaxObjectives];
+  int64_t from = kNone;  // the part's tokens from here on have been combined
+
+  // Looks again, before token t is combined, at the moments of other parts and of this one.
+  void look(const CombineParams& p, const Moments* others, const Moments* here, int64_t t);
+  bool holds(const double* of, int n) const;
+};
+
 // Each works on the tokens from `first` to `last` and merges into moments[n]; `scan` and `tokens` on groups, if they
-// measure them. `gram` is [n * n + 1] or null.
+// measure them. `gram` is [n * n + 1] or null, and so is `guess`, with the moments of `others`.
 struct CpuKernels {
   const char* name;
-  void (*scan)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram);
+  void (*scan)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram, const Moments* others, Guess*);
   void (*weigh)(const CombineParams&, int64_t first, int64_t last, const double* weights);
   void (*tokens)(const CombineParams&, int64_t first, int64_t last, Moments*, TokenShares&);
   void (*pools)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram);  // rows, or groups

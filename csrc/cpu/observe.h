@@ -12,6 +12,9 @@
 namespace pama {
 namespace PAMA_ISA {
 
+// What is left behind of a tile: A_i in `x` and, in `taken`, who takes part. Of a plain one that can wait.
+enum class Keep { kNothing, kUnlessPlain, kAll };
+
 template <class C>
 class Observer {
  protected:
@@ -40,13 +43,13 @@ class Observer {
 
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
 
-  // Statistics of objective i over the tile, merged into `m`. kKeep: leaves A_i in x and, in `taken`, who takes part.
-  // Returns whether all that is plain: Noon, a positive scale, and a finite number for every valid token.
+  // Statistics of objective i over the tile, merged into `m`. Returns whether all that is plain: Noon, a positive scale,
+  // and a finite number for every valid token. What is normalised and to be kept at all is kept at once.
   //
   // One pass around a centre near the mean: the sum of the deviations then corrects both moments. The centre is the
   // mean of what came before; how far this tile's mean lies from it is itself spread that the merged m2 contains, so
   // what cancels is small against the result. The first tile has no before and looks once more.
-  template <bool kKeep>
+  template <Keep kKeep>
   bool observe(int i, int64_t first, int count, Moments& m) {
     C* x = tile.x + i * stride;
     if (!normalizer.active()) return observe<kKeep, false>(i, x, count, m);
@@ -54,15 +57,27 @@ class Observer {
     return observe<kKeep, true>(i, x, count, m);
   }
 
+  // A_i of a plain tile, from its entries as they were loaded or normalised.
+  void keep(int i, const C* processed, int count) {
+    for (int k = 0; k < count; k += kLanes) {
+      const Where<V, M> valid(vec(tile.valid + k));
+      vec(tile.x + i * stride + k) = larger(valid.only(vec(processed + k)), V{}) * scale[i];
+      vec(tile.taken + i * stride + k) = vec(tile.valid + k);
+    }
+  }
+
  private:
   // kNormal: what goes on from here is tile.normal; else it is x itself.
-  template <bool kKeep, bool kNormal>
+  template <Keep kKeep, bool kNormal>
   bool observe(int i, C* x, int count, Moments& m) {
     // Entries that are nearly too large may lie too far from those before.
     constexpr double kFar = std::numeric_limits<C>::max() / 4;
     const bool known = 4 * m.count >= count && m.max < kFar && m.min > -kFar;
     const C centre = centre_of(known ? m.mean : mean(x, count));
-    if (p.noon && scale[i] > 0 && scale[i] < kInf && observe_plain<kKeep, kNormal>(i, x, count, centre, m)) return true;
+    if (p.noon && scale[i] > 0 && scale[i] < kInf && observe_plain<kNormal>(i, x, count, centre, m)) {
+      if (kKeep == Keep::kAll || (kKeep == Keep::kUnlessPlain && kNormal)) keep(i, kNormal ? tile.normal : x, count);
+      return true;
+    }
     I* taken = tile.taken + i * stride;
 
     V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
@@ -89,7 +104,7 @@ class Observer {
       const M is_nonzero = positive_part != V{};
       nonzero -= is_nonzero;
       clipped -= is_nonzero & (gated == V{});
-      if (kKeep) {
+      if (kKeep != Keep::kNothing) {
         vec(x + k) = advantage;
         vec(taken + k) = take;
       }
@@ -107,14 +122,11 @@ class Observer {
 
   // The same under Noon, where all valid entries and A_i are finite: false, with nothing done, if one is not.
   // Comparisons are what takes the time above: here a maximum, a bitwise and or a minimum of integers does their work.
-  template <bool kKeep, bool kNormal>
+  template <bool kNormal>
   bool observe_plain(int i, C* x, int count, C centre, Moments& m) {
     V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf), undefined{};
     M nonzero{}, open{};
     const V factor = all(scale[i]);
-    auto processed_at = [&](int k, const Where<V, M>& valid) {
-      return valid.only(kNormal ? vec(tile.normal + k) : vec(x + k));
-    };
     Ahead ahead = tile.ahead[i], beside = i < 2 ? tile.beside[i] : ahead;
     for (int k = 0; k < count; k += kLanes, ahead.at += ahead.step, beside.at += beside.step) {
       __builtin_prefetch(ahead.at);
@@ -125,7 +137,7 @@ class Observer {
       squares += d * d;
       low = valid.lower(entry, low);
       high = valid.higher(entry, high);
-      const V processed = processed_at(k, valid), positive = larger(processed, V{}), advantage = positive * factor;
+      const V processed = valid.only(kNormal ? vec(tile.normal + k) : entry), positive = larger(processed, V{}), advantage = positive * factor;
       if (kNormal) undefined += (processed + advantage) * 0;
       const V gated = only(vec(tile.not_above + k), advantage);
       active += gated;
@@ -141,11 +153,6 @@ class Observer {
     here.positive = here.nonzero = lanes.count(6);
     here.clipped = here.nonzero - lanes.count(7);
     conclude(here, centre, m);
-    for (int k = 0; kKeep && k < count; k += kLanes) {
-      const Where<V, M> valid(vec(tile.valid + k));
-      vec(x + k) = larger(processed_at(k, valid), V{}) * factor;
-      vec(tile.taken + i * stride + k) = vec(tile.valid + k);
-    }
     return true;
   }
 

@@ -50,7 +50,20 @@ struct Where {
   V higher(V x, V y) const { return larger(mask ? x : y, y); }
 };
 
+// Unsigned numbers, one to a lane.
+template <class M, class U>
+inline M widened(const U* from) {
+  M x;
+  for (unsigned l = 0; l < sizeof(M) / sizeof x[0]; ++l) x[l] = from[l];
+  return x;
+}
+
 #if PAMA_VECTOR_BYTES == 64
+
+template <>
+inline Ints widened<Ints>(const uint8_t* from) {
+  return (Ints)_mm512_maskz_cvtepu8_epi32(-1, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
 
 // Written with a mask of all lanes, as GCC 12 warns of its own definitions of the forms without one.
 inline Floats smaller(Floats a, Floats b) { return _mm512_maskz_min_ps(-1, a, b); }
@@ -80,6 +93,11 @@ struct Where<Doubles, Longs> {
 };
 
 #elif PAMA_VECTOR_BYTES == 32
+
+template <>
+inline Ints widened<Ints>(const uint8_t* from) {
+  return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
 
 inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }

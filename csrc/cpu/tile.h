@@ -227,15 +227,10 @@ int load_mask_as(const Params& p, int64_t first, int count, U significant, I* va
       using M = typename Simd<std::conditional_t<sizeof(I) == 4, float, double>>::M;
       constexpr int lanes = sizeof(M) / sizeof(I);
       M counted{};
-      if (step == 1)
-        for (int l = 0; l < m; ++l) to[l] = src[l] & significant;
       for (; step == 1 && k + lanes <= m; k += lanes) {
-        M one;
-        memcpy(&one, to + k, sizeof one);
-        one = smaller(one, M{} + 1);
+        const M one = smaller(widened<M>(src + k) & static_cast<I>(significant), M{} + 1), set_all = -one;
         counted += one;
-        one = -one;
-        memcpy(to + k, &one, sizeof one);
+        memcpy(to + k, &set_all, sizeof set_all);
       }
       I each[lanes];
       memcpy(each, &counted, sizeof each);
