@@ -1,8 +1,10 @@
 """``combine`` beside what a user would run instead: Noon, closed form, all statistics, float32.
 
 At level "batch" on the sizes from one that shows the host's cost alone to those that show the memory's; at level
-"token" on the large ones. Inputs are alone, or come with a bool ``mask`` and a ``log_ratio``. ``torch.compile`` gets
-the eager version written by hand, which it makes several times as fast as the reference.
+"token" on the large ones. Inputs are alone, or come with a bool ``mask`` and a ``log_ratio``. Advantages are normal,
+all objectives alike, so that nothing but the last of them tells which has the smallest mean; "unequal" ones have
+deviations from 1 to 2. ``torch.compile`` gets the eager version written by hand, which it makes several times as fast
+as the reference.
 """
 
 from __future__ import annotations
@@ -30,10 +32,12 @@ Shape = tuple[int, ...]
 Options = dict[str, Any]
 
 
-def inputs(shape: Shape, device: str, *, masked: bool = True) -> tuple[Tensor, Options]:
+def inputs(shape: Shape, device: str, *, masked: bool = True, unequal: bool = False) -> tuple[Tensor, Options]:
     """The advantages and the keyword arguments, the same in every run."""
     generator = torch.Generator().manual_seed(0)
     advantages = torch.randn(shape, generator=generator).to(device)
+    if unequal:
+        advantages *= torch.linspace(1, 2, shape[-1], device=device)
     if not masked:
         return advantages, {}
     mask = torch.rand(shape[:-1], generator=generator) < 0.9
@@ -51,9 +55,9 @@ def written(function: Callable[..., Any], advantages: Any, options: Options, out
     return lambda: function(advantages, mask=mask, log_ratio=log_ratio, out=out)
 
 
-def build(device: str, *, shape: Shape, masked: bool = True, level: str = "batch") -> Case:
+def build(device: str, *, shape: Shape, masked: bool = True, unequal: bool = False, level: str = "batch") -> Case:
     """All candidates of one shape."""
-    advantages, options = inputs(shape, device, masked=masked)
+    advantages, options = inputs(shape, device, masked=masked, unequal=unequal)
     out = torch.empty(shape[:-1], device=device)
     check = verify.combination(pama_ext.reference.combine(advantages.double(), **options, level=level))
     cuda, by_batch = device == "cuda", level == "batch"
@@ -124,7 +128,8 @@ TOKEN_GATES = (
 
 def workload(*shape: int, gates: tuple[Gate, ...], quick: bool = True, **options: Any) -> Workload:
     """A workload named after its shape and its options."""
-    about = ", mask, log_ratio" if options.get("masked", True) else ""
+    about = ", unequal" if options.get("unequal") else ""
+    about += ", mask, log_ratio" if options.get("masked", True) else ""
     about += f", level {options['level']}" if "level" in options else ""
     return Workload(f"{list(shape)}{about}", functools.partial(build, shape=shape, **options), gates, quick)
 
@@ -135,6 +140,7 @@ SUITE = (
     workload(64, 512, 3, gates=(NUMBA_GATE,)),
     workload(512, 1024, 3, gates=LARGE_GATES),
     workload(512, 1024, 10, gates=LARGE_GATES, quick=False),
+    *(workload(512, 1024, n, gates=LARGE_GATES, quick=False, unequal=True) for n in (3, 10)),
     workload(512, 1024, 3, gates=TOKEN_GATES, level="token"),
     workload(512, 1024, 10, gates=TOKEN_GATES, level="token", quick=False),
 )

@@ -257,7 +257,7 @@ bool use_cpu_instructions(const char* name) {
   return false;
 }
 
-// Only one objective with a weight, or weights that are given: others will hardly turn out to be the weights bit by bit.
+// Only one objective with a weight, or weights that are given: others hardly turn out to be the weights to the bit.
 void Guess::look(const CombineParams& p, const Moments* others, const Moments* here, int64_t t) {
   Moments seen[kMaxObjectives];
   double now[kMaxObjectives];
@@ -269,7 +269,7 @@ void Guess::look(const CombineParams& p, const Moments* others, const Moments* h
   solve(p, seen, nullptr, nullptr, now);
   for (int i = 0; i < p.n; ++i) weighted += now[i] != 0.0;
   const bool clear = weighted == 1 || p.solver == Solver::kFixed;
-  if (clear && from != kNone && holds(now, p.n)) return;
+  if (clear && holds(now, p.n)) return;
   std::copy(now, now + p.n, weights);
   from = clear ? t : kNone;
 }

@@ -23,8 +23,8 @@ struct ValueSums {
   double losses[kMaxObjectives], clipped[kMaxObjectives], values[kMaxObjectives];
 };
 
-// Level batch: the weights as a part guesses them from what has been seen so far. It combines its tokens under them while
-// they are in the nearest cache, and if they turn out to be the weights, nothing is left to do there.
+// Level batch: the weights as a part guesses them from what has been seen so far. It combines its tokens under them
+// while they are in the nearest cache, and if they turn out to be the weights, nothing is left to do there.
 struct Guess {
   static constexpr int64_t kNone = INT64_MAX;
 
@@ -40,7 +40,8 @@ struct Guess {
 // measure them. `gram` is [n * n + 1] or null, and so is `guess`, with the moments of `others`.
 struct CpuKernels {
   const char* name;
-  void (*scan)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram, const Moments* others, Guess*);
+  void (*scan)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram, const Moments* others,
+               Guess*);
   void (*weigh)(const CombineParams&, int64_t first, int64_t last, const double* weights);
   void (*tokens)(const CombineParams&, int64_t first, int64_t last, Moments*, TokenShares&);
   void (*pools)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram);  // rows, or groups

@@ -43,8 +43,8 @@ class Observer {
 
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
 
-  // Statistics of objective i over the tile, merged into `m`. Returns whether all that is plain: Noon, a positive scale,
-  // and a finite number for every valid token. What is normalised and to be kept at all is kept at once.
+  // Statistics of objective i over the tile, merged into `m`. Returns whether all that is plain: Noon, a positive
+  // scale, and a finite number for every valid token. What is normalised and to be kept at all is kept at once.
   //
   // One pass around a centre near the mean: the sum of the deviations then corrects both moments. The centre is the
   // mean of what came before; how far this tile's mean lies from it is itself spread that the merged m2 contains, so
@@ -137,7 +137,8 @@ class Observer {
       squares += d * d;
       low = valid.lower(entry, low);
       high = valid.higher(entry, high);
-      const V processed = valid.only(kNormal ? vec(tile.normal + k) : entry), positive = larger(processed, V{}), advantage = positive * factor;
+      const V processed = valid.only(kNormal ? vec(tile.normal + k) : entry), positive = larger(processed, V{}),
+              advantage = positive * factor;
       if (kNormal) undefined += (processed + advantage) * 0;
       const V gated = only(vec(tile.not_above + k), advantage);
       active += gated;
