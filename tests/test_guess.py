@@ -68,7 +68,7 @@ def test_what_comes_late_may_decide(threads, turn):
 
 
 def test_a_guess_is_given_up():
-    """The second and last tile mixes the signs, which leaves no objective alone; then weights may be guessed no more."""
+    """The second and last tile mixes the signs, which leaves no objective alone: no guess stands any more."""
     x, given_tokens = tokens(6, 2 * TILE)
     x = x.abs()
     x[TILE:, 1] -= 50
