@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compare import assert_same_bits
+from compare import assert_same_bits, assert_same_result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -46,6 +46,8 @@ def assert_guesses_do_not_show(x: Tensor, **options) -> None:
     unguessed = combine_(shares, **options)
     assert_same_bits(guessed.weights, unguessed.weights)
     assert_same_bits(guessed.value, unguessed.value)
+    for ours, theirs in zip(guessed.stats, unguessed.stats, strict=True):
+        assert_same_bits(ours, theirs)
     assert_same_bits(out, 0.0 + shares[..., 0] + shares[..., 1] + shares[..., 2])
 
 
@@ -56,24 +58,55 @@ def test_what_is_guessed(instructions, threads, options, scales):
     assert_guesses_do_not_show(x * torch.tensor(SCALES[scales]), **given_tokens, **options)
 
 
-@pytest.mark.parametrize("turn", [1_000, 5_000, TOKENS // 2, TOKENS - 1_000])
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_other_dtypes(dtype, scales):
+    x, given_tokens = tokens(1)
+    assert_guesses_do_not_show((x * torch.tensor(SCALES[scales])).to(dtype), **given_tokens)
+
+
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("by", [{}, {"by": "batch"}, {"by": "group", "group_size": 7}], ids=str)
+def test_scores_of_rows(by, scales):
+    x, given_tokens = tokens(1)
+    rows = (x * torch.tensor(SCALES[scales])).view(700, 100, 3)
+    given_tokens = {name: tensor.view(700, 100) for name, tensor in given_tokens.items()}
+    assert_guesses_do_not_show(rows, normalize=Normalize(over="row_sums", **by), **given_tokens)
+
+
+@pytest.mark.parametrize("scales", SCALES)
+def test_objectives_by_themselves(threads, scales):
+    x, given_tokens = tokens(1)
+    x *= torch.tensor(SCALES[scales])
+    expected = combine(x, **given_tokens)
+    assert_same_result(combine(x.T.contiguous(), dim=0, **given_tokens), expected)
+    assert_same_result(combine(list(x.T.contiguous()), **given_tokens), expected)
+
+
+@pytest.mark.parametrize("turn", [1_000, 2_000, TOKENS // 2, 65_700, TOKENS - 1_000])
 def test_what_comes_late_may_decide(threads, turn):
-    """Objective 0 looks smallest until `turn`; what follows is so large that objective 1 is."""
+    """Objective 0 is smallest until `turn`; what follows is so large that objective 1 is.
+
+    The turn stands in a part's first tile; in its second, when it makes another guess; beyond its last look.
+    """
     x, given_tokens = tokens(2)
-    x[:, 1] *= 2
+    x *= torch.tensor([1.0, 2.0, 4.0])
     x[turn:, 0] += 1e5
     x[turn:, 2] += 1e6
     assert combine(x, **given_tokens).weights.tolist() == [0.0, 1.0, 0.0]
     assert_guesses_do_not_show(x, **given_tokens)
 
 
-def test_a_guess_is_given_up():
-    """The second and last tile mixes the signs, which leaves no objective alone: no guess stands any more."""
-    x, given_tokens = tokens(6, 2 * TILE)
-    x = x.abs()
-    x[TILE:, 1] -= 50
-    assert sorted(combine(x, noon=False, **given_tokens).weights.tolist())[1] > 0
-    assert_guesses_do_not_show(x, noon=False, **given_tokens)
+@pytest.mark.parametrize("tiles", [2, 4])
+def test_a_guess_is_given_up(tiles):
+    """The second tile mixes the signs, so no guess stands; of four, the third leads back to the first guess."""
+    x, _ = tokens(6, tiles * TILE)
+    x = x.abs() * torch.tensor([3.0, 1.0, 2.0])
+    x[TILE : 2 * TILE, 1] -= 50
+    x[2 * TILE : 3 * TILE, 1] += 50
+    weights = combine(x, noon=False).weights
+    assert (weights > 0).sum() == 2 if tiles == 2 else weights.tolist() == [0.0, 1.0, 0.0]
+    assert_guesses_do_not_show(x, noon=False)
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf], ids=str)
@@ -85,24 +118,26 @@ def test_what_is_not_finite_comes_late(nan, garbage):
     assert_guesses_do_not_show(x, nan=nan, **given_tokens)
 
 
-def test_where_nothing_is_left_for_a_second_pass():
-    """Marks of samples without data survive a right guess: they are not among what `combined` is normalised by."""
+@pytest.mark.parametrize("scales", SCALES)
+@pytest.mark.parametrize("solver", [{}, {"solver": "fixed", "reward_weights": [0.5, 0.0, 1.0]}], ids=str)
+def test_what_has_no_data_stays_marked(scales, solver):
+    """It is not among what the combination is normalised by."""
     x, given_tokens = tokens(4)
-    x *= torch.tensor([3.0, 1.0, 2.0])
-    for options in ({}, {"solver": "fixed", "reward_weights": [0.5, 0.0, 1.0]}):
-        options = {**given_tokens, **options, "normalize": Normalize(combined="batch")}
-        expected = reference.combine(x.double(), **options)
-        torch.testing.assert_close(combine(x, **options).advantages, expected.advantages.float())
+    x *= torch.tensor(SCALES[scales])
+    options = {**given_tokens, **solver, "normalize": Normalize(combined="batch")}
+    expected = reference.combine(x.double(), **options)
+    torch.testing.assert_close(combine(x, **options).advantages, expected.advantages.float())
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_order_of_events(threads, data):
-    """Runs of tokens over which the objectives have any scale, so that guesses come, change and go."""
+    """Runs of tokens over which the objectives have any scale and offset, so that guesses come, change and go."""
     x, given_tokens = tokens(5)
     cuts = sorted(data.draw(st.lists(st.integers(0, TOKENS), max_size=6)))
-    scale = st.sampled_from([0.0, 0.5, 1.0, 1.001, 100.0, -1.0])
+    scale = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.001, 100.0]), min_size=3, max_size=3)
+    offset = st.lists(st.sampled_from([0.0, 0.5, -0.5, 20.0]), min_size=3, max_size=3)
     for start, end in zip([0, *cuts], [*cuts, TOKENS], strict=True):
-        x[start:end] *= torch.tensor(data.draw(st.lists(scale, min_size=3, max_size=3)))
+        x[start:end] = x[start:end] * torch.tensor(data.draw(scale)) + torch.tensor(data.draw(offset))
     noon = data.draw(st.booleans())
     assert_guesses_do_not_show(x, noon=noon, **given_tokens)

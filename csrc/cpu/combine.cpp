@@ -191,25 +191,31 @@ class Run {
     done.add(part.moments);
   }
 
-  // Whether a combination under wrong weights does no harm, and costs little.
+  // Not where a combination would overwrite what is read, where units are groups, or where a solve takes long.
   bool guesses() const { return !p.in_place && !p.measures && !p.has_gram(); }
 
   // The combination of the tokens that no part has guessed right.
   void weigh(const Part* part, int64_t parts, int64_t units, const double* weights) const {
-    if (!guesses())
-      return for_parts(parallel_for, parts_for(p.tokens() * p.n, p.tokens()), p.tokens(),
-                       [&](int64_t, int64_t first, int64_t last) { kernels.weigh(p, first, last, weights); });
-    int64_t firsts[kMaxParts], lasts[kMaxParts], left = 0, tokens = 0;
-    for (int64_t k = 0; k < parts; ++k) {
-      const int64_t first = part_start(k, parts, units), last = part_start(k + 1, parts, units);
-      const int64_t end = part[k].guess.holds(weights, p.n) ? std::min(part[k].guess.from, last) : last;
-      if (end <= first) continue;
-      firsts[left] = first, lasts[left++] = end;
-      tokens += end - first;
+    int64_t firsts[kMaxParts], sizes[kMaxParts], runs = 0, left = 0;
+    auto add = [&](int64_t first, int64_t last) {
+      if (last <= first) return;
+      firsts[runs] = first, sizes[runs++] = last - first;
+      left += last - first;
+    };
+    if (guesses()) {
+      for (int64_t k = 0; k < parts; ++k) {
+        const int64_t first = part_start(k, parts, units), last = part_start(k + 1, parts, units);
+        add(first, part[k].guess.holds(weights, p.n) ? std::min(part[k].guess.from, last) : last);
+      }
+    } else {
+      add(0, p.tokens());
     }
-    const bool alone = tokens * p.n < 2 * kElementsPerPart;
-    for_parts(alone ? nullptr : parallel_for, left, left,
-              [&](int64_t, int64_t k, int64_t) { kernels.weigh(p, firsts[k], lasts[k], weights); });
+    for_parts(parallel_for, parts_for(left * p.n, left), left, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t k = 0, at = 0; k < runs && at < end; at += sizes[k++]) {  // run k has the tokens [at, at + sizes[k])
+        const int64_t first = std::max(begin - at, int64_t{0}), last = std::min(end - at, sizes[k]);
+        if (first < last) kernels.weigh(p, firsts[k] + first, firsts[k] + last, weights);
+      }
+    });
   }
 
   double mean_shares(Part* part, int64_t parts, double* weights) const {
@@ -258,7 +264,7 @@ bool use_cpu_instructions(const char* name) {
 }
 
 // Only one objective with a weight, or weights that are given: others hardly turn out to be the weights to the bit.
-void Guess::look(const CombineParams& p, const Moments* others, const Moments* here, int64_t t) {
+bool Guess::look(const CombineParams& p, const Moments* others, const Moments* here, int64_t t) {
   Moments seen[kMaxObjectives];
   double now[kMaxObjectives];
   int weighted = 0;
@@ -269,9 +275,10 @@ void Guess::look(const CombineParams& p, const Moments* others, const Moments* h
   solve(p, seen, nullptr, nullptr, now);
   for (int i = 0; i < p.n; ++i) weighted += now[i] != 0.0;
   const bool clear = weighted == 1 || p.solver == Solver::kFixed;
-  if (clear && holds(now, p.n)) return;
+  if (clear && holds(now, p.n)) return false;
   std::copy(now, now + p.n, weights);
   from = clear ? t : kNone;
+  return true;
 }
 
 bool Guess::holds(const double* of, int n) const { return from != kNone && std::equal(of, of + n, weights); }

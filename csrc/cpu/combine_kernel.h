@@ -5,38 +5,32 @@
 // order wherever it stands, so duplicated objectives tie exactly and permuting objectives permutes bits.
 #include <cmath>
 
+#include "combiner.h"
 #include "isa.h"
-#include "observe.h"
-#include "pama/solve.h"
-#include "tile.h"
 
 namespace pama {
 namespace PAMA_ISA {
 
 template <class C>
-class Kernel : Observer<C> {
-  using typename Observer<C>::V;
-  using typename Observer<C>::M;
-  using Observer<C>::all;
-  using Observer<C>::finite;
-  using Observer<C>::floor;
-  using Observer<C>::gated_at;
-  using Observer<C>::kInf;
-  using Observer<C>::keep;
-  using Observer<C>::kLanes;
-  using Observer<C>::lanes;
-  using Observer<C>::normalizer;
-  using Observer<C>::only;
-  using Observer<C>::p;
-  using Observer<C>::propagate;
-  using Observer<C>::scale;
-  using Observer<C>::stride;
-  using Observer<C>::tile;
-  using Observer<C>::vec;
+class Kernel : Combiner<C> {
+  using typename Combiner<C>::V;
+  using typename Combiner<C>::M;
+  using Combiner<C>::gated_at;
+  using Combiner<C>::keep;
+  using Combiner<C>::kLanes;
+  using Combiner<C>::lanes;
+  using Combiner<C>::many;
+  using Combiner<C>::normalizer;
+  using Combiner<C>::p;
+  using Combiner<C>::stride;
+  using Combiner<C>::tile;
+  using Combiner<C>::vec;
+  using Combiner<C>::want;
+  using Combiner<C>::wanted;
 
  public:
   explicit Kernel(const CombineParams& params)
-      : Observer<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {}
+      : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {}
 
   // Statistics of the tokens [first, last), merged into moments[n], and into the Gram matrix if there is one; and their
   // combination, if it can be guessed. Looked at after 1, 2, 4, ... tiles, the guess costs little.
@@ -47,11 +41,8 @@ class Kernel : Observer<C> {
       load<S>(t, count);
       scan_tile(t, count, moments, gram);
       if (!guess) return;
-      const int64_t from = guess->from;
-      if (++done; (done & (done - 1)) == 0) guess->look(p, others, moments, t);
-      if (guess->from == Guess::kNone) return;
-      if (guess->from != from) want(guess->weights);
-      combine_tile<S>(t, count);
+      if (++done; (done & (done - 1)) == 0 && guess->look(p, others, moments, t)) want(guess->weights);
+      if (guess->from != Guess::kNone) this->template combine_tile<S>(t, count);
     });
   }
 
@@ -127,7 +118,7 @@ class Kernel : Observer<C> {
       load_valid(p, t, count, tile);
       if (together) load_objectives<S>(p, p.advantages, true, t, count, tile.x, stride);
       for (int j = 0; j < many && !together; ++j) load_objective<S>(wanted[j], t, count, tile.x + wanted[j] * stride);
-      combine_tile<S>(t, count);
+      this->template combine_tile<S>(t, count);
     });
   }
 
@@ -155,59 +146,6 @@ class Kernel : Observer<C> {
     for (int64_t t = first; t < last; t += stride) f(t, static_cast<int>(smaller<int64_t>(stride, last - t)));
   }
 
-  // The objectives that a combination under these weights has to see.
-  void want(const double* weights) {
-    many = 0;
-    for (int i = 0; i < p.n; ++i) {
-      weight[many] = static_cast<C>(weights[i]);
-      if (p.marks() || weight[many] != 0) wanted[many++] = i;
-    }
-  }
-
-  // The combination of a tile in `x`, as loaded, under the weights wanted.
-  template <class S>
-  void combine_tile(int64_t t, int count) {
-    for (int j = 0; j < many && normalizer.active(); ++j) {
-      C* x = tile.x + wanted[j] * stride;
-      normalizer.apply(wanted[j], t, count, x, x);
-    }
-    bool first = true;
-    for (int j = 0; j < many; ++j) {
-      if (weight[j] == 0) continue;  // 0 * inf would be NaN
-      p.in_place ? add_share<true>(j, first, count) : add_share<false>(j, first, count);
-      first = false;
-    }
-    if (first) fill(tile.out, 0, count, C{0});
-    for (int k = 0; k < count && p.marks(); k += kLanes) {
-      M any{};
-      for (int i = 0; i < p.n; ++i) any |= vec(tile.valid + k) & (finite(vec(tile.x + i * stride + k)) | propagate);
-      vec(tile.out + k) = marked<S>(vec(tile.out + k), any);
-    }
-    if (!p.in_place) return store_plane<S>(p, p.out, t, count, tile.out);
-    for (int i = 0, j = 0; i < p.n; ++i) {
-      C* x = tile.x + i * stride;
-      if (j < many && wanted[j] == i) {
-        ++j;
-      } else {
-        fill(x, 0, count, C{0});
-      }
-      store_plane<S>(p, p.advantages[i], t, count, x);
-    }
-  }
-
-  // c_i A_i of the j-th of the objectives wanted, added to those before it; kept in `x` where that is asked for.
-  template <bool kKeep>
-  void add_share(int j, bool first, int count) {
-    C* const x = tile.x + wanted[j] * stride;
-    const V factor = all(scale[wanted[j]]), share_of = all(weight[j]), lowest = all(floor);
-    for (int k = 0; k < count; k += kLanes) {
-      const M take = vec(tile.valid + k) & (finite(vec(x + k)) | propagate);
-      const V share = only(take, share_of * (larger(lowest, vec(x + k)) * factor));
-      vec(tile.out + k) = (first ? V{} : vec(tile.out + k)) + share;
-      if (kKeep) vec(x + k) = share;
-    }
-  }
-
   void scan_tile(int64_t t, int count, Moments* moments, double* gram) {
     if (!gram) {
       for (int i = 0; i < p.n; ++i) this->template observe<Keep::kNothing>(i, t, count, moments[i]);
@@ -223,11 +161,11 @@ class Kernel : Observer<C> {
     for (int i = 0; i < p.n; ++i)
       plain |= uint64_t{this->template observe<Keep::kUnlessPlain>(i, t, count, moments[i])} << i;
     if (p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token && plain == ~uint64_t{0} >> (64 - p.n)) {
-      solve_plain_tokens<S>(count, shares);
+      this->template solve_plain_tokens<S>(count, shares);
     } else {
       for (int i = 0; i < p.n; ++i)
         if (plain >> i & 1 && !normalizer.active()) keep(i, tile.x + i * stride, count);
-      solve_tokens<S>(t, count, shares);
+      this->template solve_tokens<S>(t, count, shares);
     }
     if (p.in_place) {
       for (int i = 0; i < p.n; ++i) store_plane<S>(p, p.advantages[i], t, count, tile.x + i * stride);
@@ -281,15 +219,6 @@ class Kernel : Observer<C> {
     for (int k = 0; k < count; ++k) tile.valid[k] = tile.x[k] == 0 && __builtin_signbit(tile.x[k]) ? 0 : -1;
   }
 
-  // S rounds what lies within +-tiny to 0, which must not become -0 where there is data.
-  template <class S>
-  static V marked(V x, M taken) {
-    constexpr bool half = std::is_same_v<S, Half>, bfloat = std::is_same_v<S, BFloat16>;
-    const V tiny = all(half ? C(0x1p-25) : bfloat ? C(0x1p-134) : C{0});
-    const V some = (x <= tiny) & (x >= -tiny) ? V{} : x;
-    return taken ? some : -V{};
-  }
-
   // Sums of I(A_i) I(A_j), in the upper triangle, and in gram[n * n] the tokens with data. `x` holds A_i on entry and
   // I(A_i) on return.
   void add_gram(int count, double* gram) {
@@ -332,130 +261,7 @@ class Kernel : Observer<C> {
       }
   }
 
-  // Theorem 1 where no a_i is negative, or missing at a valid token: s* is the smallest. `x` holds what was loaded or,
-  // if that is normalised, A_i.
-  template <class S>
-  void solve_plain_tokens(int count, TokenShares& shares) {
-    V share_sum[kMaxObjectives], factor[kMaxObjectives], value_sum{};
-    for (int i = 0; i < p.n; ++i) {
-      share_sum[i] = V{};
-      factor[i] = all(normalizer.active() ? C{1} : scale[i]);
-    }
-    // Known not to change with what is stored below.
-    const int64_t step = stride, tall = step * p.n;
-    const bool in_place = p.in_place, mark = p.marks();
-    for (int k = 0; k < count; k += kLanes) {
-      const M valid = vec(tile.valid + k), not_above = vec(tile.not_above + k);
-      const Where<V, M> where(valid);
-      V low = all(kInf), at_low{}, combined{};
-      C *const x = tile.x + k, *const end = x + tall;
-      const V* by = factor;
-      for (C* a = x; a < end; a += step, ++by) {
-        vec(a) = larger(where.only(vec(a)), V{}) * *by;
-        low = smaller(only(not_above, vec(a)), low);
-      }
-      for (C* a = x; a < end; a += step) at_low += only(not_above, vec(a)) == low ? all(1) : V{};
-      const V share = only(valid, 1 / at_low);
-      V* sum = share_sum;
-      for (C* a = x; a < end; a += step, ++sum) {
-        const M lowest = only(not_above, vec(a)) == low;
-        *sum += lowest ? share : V{};
-        const V contribution = lowest ? share * vec(a) : V{};  // chosen after it is rounded, as in solve_tokens: no FMA
-        combined += contribution;
-        if (in_place) vec(a) = contribution;
-      }
-      vec(tile.out + k) = mark ? marked<S>(combined, valid) : combined;
-      value_sum += only(valid, low);
-    }
-    add_shares(share_sum, value_sum, shares);
-    shares.used += tile.valid_count;
-  }
-
-  void add_shares(const V* share_sum, V value_sum, TokenShares& shares) {
-    for (int i = 0; i < p.n; ++i) {
-      lanes.spill(share_sum[i]);
-      shares.weights[i] += lanes.sum();
-    }
-    lanes.spill(value_sum);
-    shares.value += lanes.sum();
-  }
-
-  // Theorem 1 for kLanes tokens at a time; `x` holds A_i on entry and, in place, c_i A_i on return.
-  template <class S>
-  void solve_tokens(int64_t first, int count, TokenShares& shares) {
-    V share_sum[kMaxObjectives] = {};
-    V value_sum{};
-    M used_count{};
-    for (int k = 0; k < count; k += kLanes) {
-      V low = all(kInf), high = all(-kInf), at_low{}, at_high{};
-      M used{}, kept_any{}, undefined{};
-      for (int i = 0; i < p.n; ++i) {
-        const M take = vec(tile.taken + i * stride + k);
-        const V a = gated_at(vec(tile.x + i * stride + k), k);
-        const M kept = p.skip_inactive ? take & (a != V{}) : take;
-        at_low = (kept & (a < low)) ? all(1) : at_low + ((kept & (a == low)) ? all(1) : V{});
-        at_high = (kept & (a > high)) ? all(1) : at_high + ((kept & (a == high)) ? all(1) : V{});
-        low = (kept & (a < low)) ? a : low;
-        high = (kept & (a > high)) ? a : high;
-        undefined |= take & (a != a);
-        used |= take;
-        kept_any |= kept;
-      }
-      if (p.skip_inactive) {  // nobody active: all that have data, each with a_i = 0
-        V present{};
-        for (int i = 0; i < p.n; ++i) present += vec(tile.taken + i * stride + k) ? all(1) : V{};
-        low = kept_any ? low : V{};
-        high = kept_any ? high : V{};
-        at_low = kept_any ? at_low : present;
-      }
-      const Split<V> total = split(low, high);
-      const V low_share = total.low / at_low, high_share = total.high / at_high;
-      V combined{}, value = project(low, high);
-      if (p.solver == Solver::kFixed) value = V{};
-      for (int i = 0; i < p.n; ++i) {
-        const M take = vec(tile.taken + i * stride + k);
-        const V advantage = vec(tile.x + i * stride + k), a = gated_at(advantage, k);
-        V c;
-        if (p.solver == Solver::kFixed) {
-          c = all(static_cast<C>(p.fixed_weight(i)));
-          value += (take & (c != V{})) ? c * a : V{};
-        } else {
-          const M kept = p.skip_inactive ? take & ((a != V{}) | ~kept_any) : take;
-          c = ((kept & (a == low)) ? low_share : V{}) + ((kept & (a == high) & (total.high != V{})) ? high_share : V{});
-          c = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : c;
-          share_sum[i] += used ? c : V{};
-        }
-        const V contribution = (take & (c != V{})) ? c * advantage : V{};
-        combined += contribution;
-        if (p.in_place) vec(tile.x + i * stride + k) = contribution;
-        if (p.per_token) write_weights(first + k, smaller(kLanes, count - k), i, c, used);
-      }
-      if (p.solver == Solver::kMinNorm) value = value < V{} ? -value : value;  // of one token: the closed form
-      if (p.solver != Solver::kFixed) value = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : value;
-      value = used ? value : V{};
-      vec(tile.out + k) = p.marks() ? marked<S>(combined, used) : combined;
-      value_sum += value;
-      used_count -= used;
-      if (p.per_token) {
-        C* values = static_cast<C*>(p.packed) + (kStatistics + p.tokens()) * p.n;
-        for (int l = 0; l < smaller(kLanes, count - k); ++l) values[p.row_at(first + k + l)] = value[l];
-      }
-    }
-    add_shares(share_sum, value_sum, shares);
-    lanes.spill(used_count);
-    shares.used += lanes.count(0);
-  }
-
-  void write_weights(int64_t token, int m, int i, V c, M used) const {
-    C* weights = static_cast<C*>(p.packed) + kStatistics * p.n + i;
-    const bool fixed = p.solver == Solver::kFixed;
-    for (int l = 0; l < m; ++l)
-      weights[p.row_at(token + l) * p.n] = fixed || used[l] ? c[l] : static_cast<C>(1.0 / p.n);
-  }
-
   const bool adjacent;
-  int many, wanted[kMaxObjectives];  // the objectives that are combined
-  C weight[kMaxObjectives];          // of each of them
 };
 
 namespace {

@@ -31,13 +31,14 @@ struct Guess {
   double weights[kMaxObjectives];
   int64_t from = kNone;  // the part's tokens from here on have been combined
 
-  // Looks again, before token t is combined, at the moments of other parts and of this one.
-  void look(const CombineParams& p, const Moments* others, const Moments* here, int64_t t);
+  // Looks again, before token t is combined, at the moments of other parts and of this one. Returns whether it is not
+  // what it was.
+  bool look(const CombineParams& p, const Moments* others, const Moments* here, int64_t t);
   bool holds(const double* of, int n) const;
 };
 
 // Each works on the tokens from `first` to `last` and merges into moments[n]; `scan` and `tokens` on groups, if they
-// measure them. `gram` is [n * n + 1] or null, and so is `guess`, with the moments of `others`.
+// measure them. `gram` is [n * n + 1] or null; the guess may be null, and then `others` too.
 struct CpuKernels {
   const char* name;
   void (*scan)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram, const Moments* others,

@@ -21,8 +21,7 @@ inline int64_t part_start(int64_t k, int64_t parts, int64_t units) {
   return k * (units / parts) + std::min(k, units % parts);
 }
 
-// f(part, first, last) for each of `parts` equal cuts of [0, units), on torch's threads if there is more than one; with
-// parallel_for null on this one.
+// f(part, first, last) for each of `parts` equal cuts of [0, units), on torch's threads if there is more than one.
 template <class F>
 void for_parts(ParallelFor parallel_for, int64_t parts, int64_t units, const F& f) {
   struct Context {
@@ -33,7 +32,7 @@ void for_parts(ParallelFor parallel_for, int64_t parts, int64_t units, const F& 
     const Context& c = *static_cast<Context*>(opaque);
     for (int64_t k = begin; k < end; ++k) c.f(k, part_start(k, c.parts, c.units), part_start(k + 1, c.parts, c.units));
   };
-  if (parts <= 1 || !parallel_for) return run(0, parts, &context);
+  if (parts == 1) return run(0, 1, &context);
   if (parallel_for(0, parts, 1, run, &context) != 0) throw std::runtime_error("torch_parallel_for failed");
 }
 
