@@ -16,8 +16,8 @@ MASKS = [torch.bool, *INTEGERS, *DTYPES]
 LEVELS = ["batch", "sequence", "token"]
 SOLVERS = ["closed_form", "fixed"]
 
-# [B, N] or [B, T, N] with objectives last. The CPU kernel works on tiles of min(1024, 8192 / N, cut to multiples of 16)
-# float32 tokens (half as many float64), on vectors of 4, 8 or 16, and cuts work of 65536 elements and more into parts.
+# [B, N] or [B, T, N] with objectives last. The CPU kernel works on tiles of 1040 float32 tokens where N is small and of
+# 496 where it is large, on vectors of 4, 8 or 16, and cuts 32768 elements and more into an even number of parts.
 SHAPES: dict[str, tuple[int, ...]] = {
     "no rows": (0, 3),
     "no rows of tokens": (0, 4, 2),
@@ -31,16 +31,16 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "a vector": (16, 4),
     "above a vector": (17, 4),
     "five objectives": (3, 11, 5),
-    "tile - 1": (1, 1023, 2),
-    "tile": (2, 512, 2),
-    "tile + 1": (5, 205, 2),
+    "tile - 1": (1, 1039, 2),
+    "tile": (2, 520, 2),
+    "tile + 1": (3, 347, 2),
     "rows that straddle tiles": (3, 700, 3),
-    "a tile cut by N": (1, 129, 63),
+    "a tile cut by N": (1, 497, 63),
     "most objectives": (2, 65, 64),
-    "most objectives, tile": (128, 64),
-    "one element short of two parts": (1, 65535, 1),
-    "two parts": (64, 512, 2),
-    "three parts, uneven": (7, 4683, 3),
+    "most objectives, tile": (496, 64),
+    "one element short of two parts": (1, 32767, 1),
+    "two parts": (64, 256, 2),
+    "six parts, uneven": (7, 4683, 3),
 }
 LAYOUTS = ["last", "first", "middle", "transposed", "slice", "unaligned", "list", "tuple", "dict", "columns"]
 

@@ -132,7 +132,7 @@ def test_device_that_is_not_current(door):
 
 
 def test_cpu_and_gpu_agree():
-    problem = make(SHAPES["three parts, uneven"])  # exact sums: the same weights, to the bit
+    problem = make(SHAPES["six parts, uneven"])  # exact sums: the same weights, to the bit
     moved = problem.to(CUDA)
     ours, theirs = combine(problem.values, **problem.options), combine(moved.values, **moved.options)
     for name in ("weights", "value", "advantages"):

@@ -190,7 +190,7 @@ def test_shares_sum_to_the_combination(device, problem):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ["two parts", "three parts, uneven", "tile + 1"])
+@pytest.mark.parametrize("shape", ["two parts", "six parts, uneven", "tile + 1"])
 def test_number_of_threads_changes_no_bit(shape, dtype, level):
     problem = make(SHAPES[shape], dtype, draw=normal, level=level)
     results = []
