@@ -83,6 +83,15 @@ def test_objectives_by_themselves(threads, scales):
     assert_same_result(combine(list(x.T.contiguous()), **given_tokens), expected)
 
 
+def test_out_may_stand_among_the_advantages(threads):
+    """Column 0 of a tensor whose other columns are the objectives: what is written first is not what is read again."""
+    x, given_tokens = tokens(7)
+    table = torch.cat([torch.full((TOKENS, 1), torch.nan), x], -1)
+    result = combine(table[:, 1:], out=table[:, 0], **given_tokens)
+    assert_same_bits(table[:, 1:].contiguous(), x)
+    assert_same_result(result, combine(x, **given_tokens))
+
+
 @pytest.mark.parametrize("turn", [1_000, 2_000, TOKENS // 2, 65_700, TOKENS - 1_000])
 def test_what_comes_late_may_decide(threads, turn):
     """Objective 0 is smallest until `turn`; what follows is so large that objective 1 is.
