@@ -16,7 +16,9 @@ MASKS = [torch.bool, *INTEGERS, *DTYPES]
 LEVELS = ["batch", "sequence", "token"]
 SOLVERS = ["closed_form", "fixed"]
 
-# [B, N] or [B, T, N] with objectives last. The CPU kernel works on tiles of 1040 float32 tokens where N is small and of
+TILE = 1040  # tokens
+
+# [B, N] or [B, T, N] with objectives last. The CPU kernel works on tiles of TILE float32 tokens where N is small and of
 # 496 where it is large, on vectors of 4, 8 or 16, and cuts 32768 elements and more into an even number of parts.
 SHAPES: dict[str, tuple[int, ...]] = {
     "no rows": (0, 3),
@@ -31,8 +33,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "a vector": (16, 4),
     "above a vector": (17, 4),
     "five objectives": (3, 11, 5),
-    "tile - 1": (1, 1039, 2),
-    "tile": (2, 520, 2),
+    "tile - 1": (1, TILE - 1, 2),
+    "tile": (2, TILE // 2, 2),
     "tile + 1": (3, 347, 2),
     "rows that straddle tiles": (3, 700, 3),
     "a tile cut by N": (1, 497, 63),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from cases import Problem
@@ -11,6 +12,18 @@ from compare import ROUNDINGS, assert_close, compute_dtype
 from torch import Tensor
 
 from pama_ext import _C, Combined, Normalize, _combine, combine, reference
+
+Result = TypeVar("Result")
+
+
+def on_threads(count: int, call: Callable[[], Result]) -> Result:
+    """What ``call`` returns when torch has so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
 
 
 def dispatcher(advantages: Any, *, in_place: bool = False, **keywords: Any) -> Combined:

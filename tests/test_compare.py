@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from compare import FACTOR, ROUNDINGS, assert_close, assert_same_bits, rounding_floor
+from doors import on_threads
 
 TRUTH = torch.tensor([[1.0, -2.0, 3.0], [1e-3, 0.0, 1e6]], dtype=torch.float64)
 EPS = torch.finfo(torch.float32).eps
@@ -108,3 +109,13 @@ def test_same_bits():
     ):
         with pytest.raises(AssertionError, match=what):
             assert_same_bits(x, other)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_threads_are_as_many_as_asked_for_and_then_as_before(count):
+    before = torch.get_num_threads()
+    assert on_threads(count, torch.get_num_threads) == count
+    assert torch.get_num_threads() == before
+    with pytest.raises(ZeroDivisionError):
+        on_threads(count, lambda: 1 / 0)
+    assert torch.get_num_threads() == before

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import DTYPES
 from compare import assert_same_bits
+from doors import on_threads
 from gae_cases import DOORS, SHAPES, assert_computes, call, lay_out, listed, make, wide
 from released import installed, verl_gae
 
@@ -226,15 +227,11 @@ def test_verl(lengths):
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("shape", [(64, 700, 3), (3, 40000, 2)], ids=str)
 def test_the_number_of_threads_changes_no_bit(shape, count):
-    before, arguments = torch.get_num_threads(), make(shape)
+    arguments = make(shape)
     expected = call(gae, arguments)
-    try:
-        torch.set_num_threads(count)
-        for _ in range(3):
-            for a, b in zip(call(gae, arguments), expected, strict=True):
-                assert_same_bits(a, b)
-    finally:
-        torch.set_num_threads(before)
+    for _ in range(3):
+        for a, b in zip(on_threads(count, lambda: call(gae, arguments)), expected, strict=True):
+            assert_same_bits(a, b)
 
 
 @pytest.mark.parametrize("form", ["tensor", "list", "dict"])

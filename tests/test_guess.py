@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import TILE
 from compare import assert_same_bits, assert_same_result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,7 +15,6 @@ from torch import Tensor
 
 from pama_ext import Normalize, combine, combine_, reference
 
-TILE = 1040
 TOKENS = 70_000  # several tiles to a part, several parts
 SCALES = {
     "clear from the start": (3.0, 1.0, 2.0),

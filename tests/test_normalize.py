@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 from cases import DTYPES, LEVELS, make, problems
-from compare import assert_same_bits
-from doors import assert_matches, nearly_tied
+from compare import assert_same_bits, assert_same_result
+from doors import assert_matches, nearly_tied, on_threads
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -285,13 +285,8 @@ def test_level_group_is_level_batch_on_each_group(normalize, device):
 def test_statistics_are_the_same_bits_for_any_number_of_threads():
     rewards = torch.randn(4096, 8)
     normalize = Normalize(by="group", group_size=8, combined="batch")
-    before, results = torch.get_num_threads(), []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(combine(rewards, normalize=normalize))
-    torch.set_num_threads(before)
-    for ours, theirs in zip([*results[0][:3], *results[0].stats], [*results[1][:3], *results[1].stats], strict=True):
-        assert_same_bits(ours, theirs)
+    one, two = (on_threads(count, lambda: combine(rewards, normalize=normalize)) for count in (1, 2))
+    assert_same_result(one, two)
 
 
 def test_it_compiles_and_traces(device):

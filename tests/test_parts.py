@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import LAYOUTS, Problem, lay_out, make, normal
 from compare import assert_same_bits, assert_same_result
-from doors import assert_matches, nearly_tied, stacked
+from doors import assert_matches, nearly_tied, on_threads, stacked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -56,15 +56,6 @@ def with_holes(problem: Problem) -> Problem:
     flat = values.view(-1, values.shape[-1])
     flat[1000:1010, 0], flat[-3, -1] = torch.inf, torch.nan
     return problem.but(values)
-
-
-def on_threads(count: int, call):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        return call()
-    finally:
-        torch.set_num_threads(before)
 
 
 def assert_right(problem: Problem) -> None:

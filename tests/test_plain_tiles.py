@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import TILE
 from compare import assert_same_bits, assert_same_result
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pama_ext import Normalize, combine, combine_, reference
 
-TILE = 1040  # tokens of few objectives
 LENGTHS = (1, 15, 16, 17, 64, TILE - 1, TILE, TILE + 1, 2 * TILE + 5)
 MODES = ({"level": "batch"}, {"level": "token"}, {"solver": "min_norm"}, {"level": "batch", "skip_inactive": True})
 FIELDS = ("count", "mean", "std", "min", "max", "positive", "clipped", "active_mean")
@@ -48,6 +48,30 @@ def test_nan_is_a_mask_for_its_objective(instructions, options, dtype, mode):
         assert_same_bits(careful.weights, plain.weights)
         assert_same_bits(careful.value, plain.value)
         assert careful.stats.nonfinite.item() == gone.sum()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_what_is_normalised_is_weighted_once(instructions, mode, in_place):
+    """And the same on both ways: an entry that is NaN for all objectives is a token behind the mask."""
+    g = generator(11)
+    x = torch.randn(2 * TILE + 9, 3, generator=g, dtype=torch.float64)
+    gone = torch.rand(len(x), generator=g) < 0.2
+    options = {
+        **mode,
+        "log_ratio": 0.3 * torch.randn(len(x), generator=g, dtype=torch.float64),
+        "normalize": Normalize(by="batch"),
+        "reward_weights": [0.5, 2.0, 3.0],
+    }
+    call, specification = (combine_, reference.combine_) if in_place else (combine, reference.combine)
+    plain, careful, exact = x.clone(), torch.where(gone[:, None], torch.nan, x), x.clone()
+    one, other = call(plain, mask=~gone, **options), call(careful, **options)
+    expected = specification(exact, mask=~gone, **options)
+    # The maps of the two rest on means that are the same up to their last bits.
+    for result in (one, other):
+        torch.testing.assert_close(result.weights, expected.weights, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result.value, expected.value, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(result.advantages, expected.advantages, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -122,30 +146,13 @@ def test_whatever_is_not_zero_is_valid(instructions, dtype, step):
             assert_same_result(combine(x, mask=mask, level=level), combine(x, mask=valid, level=level))
 
 
-@pytest.mark.parametrize("n", [1, 3, 10])
-@pytest.mark.parametrize("elements", [32 * 1024 - 64, 32 * 1024, 48 * 1024, 1 << 18])
-def test_statistics_do_not_know_the_number_of_threads(elements, n):
-    """Around the sizes from which threads are used, and where the number of parts changes."""
-    before = torch.get_num_threads()
-    for level in ("batch", "token"):
-        x = torch.randn(elements // n, n, generator=generator(n))
-        results = []
-        try:
-            for threads in (1, 2):
-                torch.set_num_threads(threads)
-                results.append(combine(x, level=level))
-        finally:
-            torch.set_num_threads(before)
-        assert_same_result(*results)
-
-
 def ill_tempered():
     """Tiles that look harmless: all entries finite, or the raw ones only, or all but what becomes of them."""
     g = torch.Generator().manual_seed(5)
     spoilt = torch.randn(3000, 2, generator=g) + 5
     spoilt[0, 0] = torch.nan
-    apart, ends = torch.zeros(1041, 2), torch.zeros(1041, dtype=torch.bool)
-    apart[0], apart[1040], ends[0], ends[1040] = 3e38, -3e38, True, True
+    apart, ends = torch.zeros(TILE + 1, 2), torch.zeros(TILE + 1, dtype=torch.bool)
+    apart[0], apart[TILE], ends[0], ends[TILE] = 3e38, -3e38, True, True
     weights = torch.tensor([1.0, torch.inf])
     return {
         "the normalised are NaN": (spoilt, {"normalize": Normalize(by="batch"), "nan": "propagate"}),

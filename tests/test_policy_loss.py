@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import DTYPES, surrounded
 from compare import assert_same_bits
+from doors import on_threads
 from loss_cases import AGGREGATES, POLICY, SHAPES, VARIANTS, assert_computes, listed, make
 
 from pama_ext import _C, combine, combine_, policy_loss, reference
@@ -275,15 +276,10 @@ def test_a_weight_bounded_beyond_the_limit_of_ratios(bound, door):
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 @pytest.mark.parametrize("shape", [(64, 1024), (3, 40000)], ids=str)
 def test_the_number_of_threads_changes_no_bit(shape, aggregate):
-    before, arguments = torch.get_num_threads(), make(shape, aggregate=aggregate, objectives=2, ref=True)
-    results = []
-    try:
-        for count in (1, 2, 1, 2):
-            torch.set_num_threads(count)
-            loss, metrics, (gradient,) = POLICY.run(policy_loss, arguments)
-            results.append([loss, gradient, *(x for x in metrics if x is not None)])
-    finally:
-        torch.set_num_threads(before)
+    arguments, results = make(shape, aggregate=aggregate, objectives=2, ref=True), []
+    for count in (1, 2, 1, 2):
+        loss, metrics, (gradient,) = on_threads(count, lambda: POLICY.run(policy_loss, arguments))
+        results.append([loss, gradient, *(x for x in metrics if x is not None)])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_same_bits(a, b)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cases import DTYPES, LEVELS, SHAPES, Problem, grid, make, normal, problems
 from compare import ROUNDINGS, assert_close, assert_same_bits, assert_same_result
-from doors import DOORS, assert_matches, dispatcher, nearly_tied, stacked
+from doors import DOORS, assert_matches, dispatcher, nearly_tied, on_threads, stacked
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -193,16 +193,7 @@ def test_shares_sum_to_the_combination(device, problem):
 @pytest.mark.parametrize("shape", ["two parts", "six parts, uneven", "tile + 1"])
 def test_number_of_threads_changes_no_bit(shape, dtype, level):
     problem = make(SHAPES[shape], dtype, draw=normal, level=level)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(run(problem))
-            shares = run(problem, combine_)
-            results[-1] = (results[-1], shares)
-    finally:
-        torch.set_num_threads(before)
+    results = [on_threads(count, lambda: (run(problem), run(problem, combine_))) for count in (1, 2, 3)]
     for combined, shares in results[1:]:
         assert_same_result(combined, results[0][0])
         assert_same_result(shares, results[0][1])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import DTYPES, surrounded
 from compare import assert_same_bits
+from doors import on_threads
 from loss_cases import AGGREGATES, SHAPES, VALUE, assert_computes, make_values
 
 from pama_ext import _C, gae, value_loss
@@ -134,15 +135,10 @@ def test_it_takes_the_returns_of_gae_as_they_are(form):
 
 @pytest.mark.parametrize("shape", [(64, 700, 3), (3, 40000, 2)], ids=str)
 def test_the_number_of_threads_changes_no_bit(shape):
-    before, arguments = torch.get_num_threads(), make_values(shape)
-    results = []
-    try:
-        for count in (1, 2, 1, 2):
-            torch.set_num_threads(count)
-            loss, metrics, (gradient,) = VALUE.run(value_loss, arguments)
-            results.append([loss, gradient, *metrics])
-    finally:
-        torch.set_num_threads(before)
+    arguments, results = make_values(shape), []
+    for count in (1, 2, 1, 2):
+        loss, metrics, (gradient,) = on_threads(count, lambda: VALUE.run(value_loss, arguments))
+        results.append([loss, gradient, *metrics])
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert_same_bits(a, b)

@@ -31,6 +31,8 @@ class Combiner : protected Observer<C> {
 
   using Observer<C>::Observer;
 
+  int many = 0, wanted[kMaxObjectives];  // the objectives that are combined
+
   // The objectives that a combination under these weights has to see.
   void want(const double* weights) {
     many = 0;
@@ -215,11 +217,7 @@ class Combiner : protected Observer<C> {
       weights[p.row_at(token + l) * p.n] = fixed || used[l] ? c[l] : static_cast<C>(1.0 / p.n);
   }
 
- protected:
-  int many = 0, wanted[kMaxObjectives];  // the objectives that are combined
-
- private:
-  C weight[kMaxObjectives];  // of each of them
+  C weight[kMaxObjectives];  // of each of the objectives wanted
 };
 
 }  // namespace PAMA_ISA
