@@ -148,20 +148,18 @@ class Kernel : Combiner<C> {
 
   void scan_tile(int64_t t, int count, Moments* moments, double* gram) {
     if (!gram) {
-      for (int i = 0; i < p.n; ++i) this->template observe<Keep::kNothing>(i, t, count, moments[i]);
+      this->template observe<Keep::kNothing>(t, count, moments);
       return;
     }
-    for (int i = 0; i < p.n; ++i) this->template observe<Keep::kAll>(i, t, count, moments[i]);
+    this->template observe<Keep::kAll>(t, count, moments);
     add_gram(count, gram);
   }
 
   template <class S>
   void tokens_tile(int64_t t, int count, Moments* moments, TokenShares& shares) {
-    uint64_t plain = 0;
-    for (int i = 0; i < p.n; ++i)
-      plain |= uint64_t{this->template observe<Keep::kUnlessPlain>(i, t, count, moments[i])} << i;
+    const uint64_t plain = this->template observe<Keep::kUnlessPlain>(t, count, moments);
     if (p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token && plain == ~uint64_t{0} >> (64 - p.n)) {
-      this->template solve_plain_tokens<S>(count, shares);
+      this->solve_plain_tokens(count, shares);
     } else {
       for (int i = 0; i < p.n; ++i)
         if (plain >> i & 1 && !normalizer.active()) keep(i, tile.x + i * stride, count);

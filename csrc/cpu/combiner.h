@@ -23,6 +23,8 @@ class Combiner : protected Observer<C> {
   using Observer<C>::normalizer;
   using Observer<C>::only;
   using Observer<C>::p;
+  using Observer<C>::least;
+  using Observer<C>::positive_part;
   using Observer<C>::propagate;
   using Observer<C>::scale;
   using Observer<C>::stride;
@@ -59,7 +61,7 @@ class Combiner : protected Observer<C> {
     for (int k = 0; k < count && p.marks(); k += kLanes) {
       M any{};
       for (int i = 0; i < p.n; ++i) any |= vec(tile.valid + k) & (finite(vec(tile.x + i * stride + k)) | propagate);
-      vec(tile.out + k) = marked<S>(vec(tile.out + k), any);
+      vec(tile.out + k) = marked(vec(tile.out + k), any);
     }
     if (!p.in_place) return store_plane<S>(p, p.out, t, count, tile.out);
     for (int i = 0, j = 0; i < p.n; ++i) {
@@ -73,43 +75,13 @@ class Combiner : protected Observer<C> {
     }
   }
 
-  // Theorem 1 where no a_i is negative, or missing at a valid token: s* is the smallest. `x` holds what was loaded or,
-  // if that is normalised, A_i.
-  template <class S>
+  // Theorem 1 where no a_i is negative, or missing at a valid token. `x` holds what was loaded or, if that is normalised,
+  // A_i.
   void solve_plain_tokens(int count, TokenShares& shares) {
-    V share_sum[kMaxObjectives], factor[kMaxObjectives], value_sum{};
-    for (int i = 0; i < p.n; ++i) {
-      share_sum[i] = V{};
-      factor[i] = all(normalizer.active() ? C{1} : scale[i]);
-    }
-    // Known not to change with what is stored below.
-    const int64_t step = stride, tall = step * p.n;
-    const bool in_place = p.in_place, mark = p.marks();
-    for (int k = 0; k < count; k += kLanes) {
-      const M valid = vec(tile.valid + k), not_above = vec(tile.not_above + k);
-      const Where<V, M> where(valid);
-      V low = all(kInf), at_low{}, combined{};
-      C *const x = tile.x + k, *const end = x + tall;
-      const V* by = factor;
-      for (C* a = x; a < end; a += step, ++by) {
-        vec(a) = larger(where.only(vec(a)), V{}) * *by;
-        low = smaller(only(not_above, vec(a)), low);
-      }
-      for (C* a = x; a < end; a += step) at_low += only(not_above, vec(a)) == low ? all(1) : V{};
-      const V share = only(valid, 1 / at_low);
-      V* sum = share_sum;
-      for (C* a = x; a < end; a += step, ++sum) {
-        const M lowest = only(not_above, vec(a)) == low;
-        *sum += lowest ? share : V{};
-        const V contribution = lowest ? share * vec(a) : V{};  // chosen after it is rounded, as in solve_tokens: no FMA
-        combined += contribution;
-        if (in_place) vec(a) = contribution;
-      }
-      vec(tile.out + k) = mark ? marked<S>(combined, valid) : combined;
-      value_sum += only(valid, low);
-    }
-    add_shares(share_sum, value_sum, shares);
-    shares.used += tile.valid_count;
+    [&]<int... kN>(std::integer_sequence<int, kN...>) {
+      const bool known = ((p.n == kN + 1 && (solve_plain_tokens<kN + 1>(count, shares), true)) || ...);
+      if (!known) solve_plain_tokens<0>(count, shares);
+    }(std::make_integer_sequence<int, 16>());
   }
 
   // Theorem 1 for kLanes tokens at a time; `x` holds A_i on entry and, in place, c_i A_i on return.
@@ -165,7 +137,9 @@ class Combiner : protected Observer<C> {
       if (p.solver == Solver::kMinNorm) value = value < V{} ? -value : value;  // of one token: the closed form
       if (p.solver != Solver::kFixed) value = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : value;
       value = used ? value : V{};
-      vec(tile.out + k) = p.marks() ? marked<S>(combined, used) : combined;
+      // Of what is active and has but one value; without the rounding of shares, as with plain tokens.
+      if (p.solver != Solver::kFixed) combined = (value > V{}) & (low > V{}) ? value : combined;
+      vec(tile.out + k) = p.marks() ? marked(combined, used) : combined;
       value_sum += value;
       used_count -= used;
       if (p.per_token) {
@@ -179,6 +153,55 @@ class Combiner : protected Observer<C> {
   }
 
  private:
+  // s* is the smallest A_i of an active token, and what its objectives are combined to, whoever shares it; at an idle one
+  // all a_i are 0 and tie. kN: how many objectives, known to the compiler; 0: any number.
+  template <int kN>
+  void solve_plain_tokens(int count, TokenShares& shares) {
+    constexpr int kMost = kN ? kN : kMaxObjectives;
+    const int n = kN ? kN : p.n;
+    const bool in_place = p.in_place, mark = p.marks();
+    V factor[kMost], share_sum[kMost] = {}, value_sum{};
+    M idle_count{};
+    for (int i = 0; i < n; ++i) factor[i] = all(normalizer.active() ? C{1} : scale[i]);
+    const V even = all(C{1} / static_cast<C>(n));
+    const int64_t step = kN ? Tile<C>::stride_for(kMost) : stride;
+    for (int k = 0; k < count; k += kLanes) {
+      const M valid = vec(tile.valid + k), active = vec(tile.not_above + k), idle = valid & ~active;
+      const Where<V, M> where(valid), where_idle(idle);
+      V a[kMost], low = all(kInf), combined{};
+      M at_low{};
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        a[i] = where.only(positive_part(vec(tile.x + i * step + k))) * factor[i];
+        low = least(a[i], low);
+        combined += where_idle.only(a[i] * even);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) at_low -= a[i] == low;
+      const V share = only(valid & active, 1 / __builtin_convertvector(at_low, V));
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) share_sum[i] += a[i] == low ? share : V{};
+      for (int i = 0; i < n && in_place; ++i) {
+        const V contribution = (a[i] == low ? share : V{}) * a[i];
+        vec(tile.x + i * step + k) = idle ? a[i] * even : contribution;
+      }
+      low = only(active, low);
+      combined += low;
+      vec(tile.out + k) = mark ? marked(combined, valid) : combined;
+      value_sum += low;
+      idle_count -= idle;
+    }
+    lanes.spill(idle_count, value_sum);
+    const double idle_share = static_cast<double>(lanes.count(0)) / n;
+    shares.value += lanes.sum(1);
+    shares.used += tile.valid_count;
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      lanes.spill(share_sum[i]);
+      shares.weights[i] += lanes.sum() + idle_share;
+    }
+  }
+
   // c_i A_i of the j-th of the objectives wanted, added to those before it; kept in `x` where that is asked for.
   template <bool kKeep>
   void add_share(int j, bool first, int count) {
@@ -193,9 +216,8 @@ class Combiner : protected Observer<C> {
   }
 
   // S rounds what lies within +-tiny to 0, which must not become -0 where there is data.
-  template <class S>
-  static V marked(V x, M taken) {
-    constexpr bool half = std::is_same_v<S, Half>, bfloat = std::is_same_v<S, BFloat16>;
+  V marked(V x, M taken) const {
+    const bool half = p.dtype == DType::kFloat16, bfloat = p.dtype == DType::kBFloat16;
     const V tiny = all(half ? C(0x1p-25) : bfloat ? C(0x1p-134) : C{0});
     const V some = (x <= tiny) & (x >= -tiny) ? V{} : x;
     return taken ? some : -V{};

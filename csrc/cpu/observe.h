@@ -30,6 +30,10 @@ class Observer {
   static V all(C x) { return V{} + x; }
   static M finite(V x) { return (x - x) == V{}; }
   static V only(M mask, V x) { return (V)((M)x & mask); }    // x where the mask is set, else 0
+  // The larger of x and 0, and the smaller of two numbers that are not negative: as integers, of which a core makes twice
+  // as many in a cycle. NaN may pass.
+  static V positive_part(V x) { return (V)larger((M)x, M{}); }
+  static V least(V a, V b) { return (V)smaller((M)a, (M)b); }
   static M not_zero(V x) { return smaller((M)x, M{} + 1); }  // 1 where x is, of those that are not negative
 
   explicit Observer(const CombineParams& params)
@@ -43,18 +47,28 @@ class Observer {
 
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
 
-  // Statistics of objective i over the tile, merged into `m`. Returns whether all that is plain: Noon, a positive
-  // scale, and a finite number for every valid token. What is normalised and to be kept at all is kept at once.
+  // Statistics of all objectives over the tile, merged into m[n]. Returns those of which all is plain, a bit for each:
+  // Noon, a positive scale, and a finite number for every valid token. What is normalised and to be kept at all is kept
+  // at once.
   //
   // One pass around a centre near the mean: the sum of the deviations then corrects both moments. The centre is the
   // mean of what came before; how far this tile's mean lies from it is itself spread that the merged m2 contains, so
   // what cancels is small against the result. The first tile has no before and looks once more.
   template <Keep kKeep>
-  bool observe(int i, int64_t first, int count, Moments& m) {
-    C* x = tile.x + i * stride;
-    if (!normalizer.active()) return observe<kKeep, false>(i, x, count, m);
-    normalizer.apply(i, first, count, x, tile.normal);
-    return observe<kKeep, true>(i, x, count, m);
+  uint64_t observe(int64_t first, int count, Moments* m) {
+    uint64_t plain = 0;
+    for (int i = 0; i < p.n; ++i) {
+      if (normalizer.active()) {
+        normalizer.apply(i, first, count, tile.x + i * stride, tile.normal);
+        plain |= observe<kKeep, true, 1>(i, count, m) << i;
+      } else if (kTogether > 1 && i + 1 < p.n) {
+        plain |= observe<kKeep, false, kTogether>(i, count, m) << i;
+        i += kTogether - 1;
+      } else {
+        plain |= observe<kKeep, false, 1>(i, count, m) << i;
+      }
+    }
+    return plain;
   }
 
   // A_i of a plain tile, from its entries as they were loaded or normalised.
@@ -67,17 +81,36 @@ class Observer {
   }
 
  private:
-  // kNormal: what goes on from here is tile.normal; else it is x itself.
-  template <Keep kKeep, bool kNormal>
-  bool observe(int i, C* x, int count, Moments& m) {
+  // As many as there are registers for.
+  static constexpr int kTogether = PAMA_VECTOR_BYTES == 64 ? 2 : 1;
+
+  // Of kMany objectives from i on. kNormal: what goes on from here is tile.normal; else it is `x` itself.
+  template <Keep kKeep, bool kNormal, int kMany>
+  uint64_t observe(int i, int count, Moments* m) {
     // Entries that are nearly too large may lie too far from those before.
     constexpr double kFar = std::numeric_limits<C>::max() / 4;
-    const bool known = 4 * m.count >= count && m.max < kFar && m.min > -kFar;
-    const C centre = centre_of(known ? m.mean : mean(x, count));
-    if (p.noon && scale[i] > 0 && scale[i] < kInf && observe_plain<kNormal>(i, x, count, centre, m)) {
-      if (kKeep == Keep::kAll || (kKeep == Keep::kUnlessPlain && kNormal)) keep(i, kNormal ? tile.normal : x, count);
-      return true;
+    C centre[kMany];
+    bool fits = p.noon;
+    for (int j = 0; j < kMany; ++j) {
+      const Moments& before = m[i + j];
+      const bool known = 4 * before.count >= count && before.max < kFar && before.min > -kFar;
+      centre[j] = centre_of(known ? before.mean : mean(tile.x + (i + j) * stride, count));
+      fits &= scale[i + j] > 0 && scale[i + j] < kInf;
     }
+    const uint64_t plain = fits ? observe_plain<kNormal, kMany>(i, count, centre, m) : 0;
+    for (int j = 0; j < kMany; ++j) {
+      C* const x = tile.x + (i + j) * stride;
+      if (!(plain >> j & 1)) {
+        observe_carefully<kKeep, kNormal>(i + j, x, count, centre[j], m[i + j]);
+      } else if (kKeep == Keep::kAll || (kKeep == Keep::kUnlessPlain && kNormal)) {
+        keep(i + j, kNormal ? tile.normal : x, count);
+      }
+    }
+    return plain;
+  }
+
+  template <Keep kKeep, bool kNormal>
+  void observe_carefully(int i, C* x, int count, C centre, Moments& m) {
     I* taken = tile.taken + i * stride;
 
     V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
@@ -117,44 +150,69 @@ class Observer {
     here.nonzero = lanes.count(8);
     here.clipped = lanes.count(9);
     conclude(here, centre, m);
-    return false;
   }
 
-  // The same under Noon, where all valid entries and A_i are finite: false, with nothing done, if one is not.
+  // The same under Noon, of those whose valid entries and A_i are all finite: a bit for each. For others nothing is done.
   // Comparisons are what takes the time above: here a maximum, a bitwise and or a minimum of integers does their work.
-  template <bool kNormal>
-  bool observe_plain(int i, C* x, int count, C centre, Moments& m) {
-    V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf), undefined{};
-    M nonzero{}, open{};
-    const V factor = all(scale[i]);
-    Ahead ahead = tile.ahead[i], beside = i < 2 ? tile.beside[i] : ahead;
-    for (int k = 0; k < count; k += kLanes, ahead.at += ahead.step, beside.at += beside.step) {
-      __builtin_prefetch(ahead.at);
-      __builtin_prefetch(beside.at);
-      const Where<V, M> valid(vec(tile.valid + k));
-      const V entry = vec(x + k), d = valid.only(entry - centre);
-      deviation += d;
-      squares += d * d;
-      low = valid.lower(entry, low);
-      high = valid.higher(entry, high);
-      const V processed = valid.only(kNormal ? vec(tile.normal + k) : entry), positive = larger(processed, V{}),
-              advantage = positive * factor;
-      if (kNormal) undefined += (processed + advantage) * 0;
-      const V gated = only(vec(tile.not_above + k), advantage);
-      active += gated;
-      nonzero += not_zero(positive);
-      open += not_zero(gated);
+  template <bool kNormal, int kMany>
+  uint64_t observe_plain(int i, int count, const C* centre, Moments* m) {
+    struct Sums {
+      V deviation{}, squares{}, active{}, undefined{}, low = all(kInf), high = all(-kInf);
+      M nonzero{}, open{};
+    };
+    Sums sums[kMany];
+    V around[kMany], factor[kMany];
+    Ahead ahead[kMany], beside[kMany];
+    for (int j = 0; j < kMany; ++j) {
+      around[j] = all(centre[j]);
+      factor[j] = all(scale[i + j]);
+      ahead[j] = tile.ahead[i + j];
+      beside[j] = i + j < 2 ? tile.beside[i + j] : ahead[j];
     }
-    lanes.spill(deviation, squares, low, high, active, undefined, nonzero, open);
-    const C largest = static_cast<C>(lanes.template extreme<Larger>(3)) * scale[i];  // of A_i, if that is x; -inf: none
-    const double wrong = lanes.sum(0) + lanes.sum(5);
-    if (!(wrong - wrong == 0) || (!kNormal && largest == kInf)) return false;
-    Moments here = Moments::empty();
-    here.count = tile.valid_count;
-    here.positive = here.nonzero = lanes.count(6);
-    here.clipped = here.nonzero - lanes.count(7);
-    conclude(here, centre, m);
-    return true;
+    const C* const x = tile.x + i * stride;
+    const int64_t step = stride;
+    for (int k = 0; k < count; k += kLanes) {
+      const Where<V, M> valid(vec(tile.valid + k));
+      const M not_above = vec(tile.not_above + k);
+#pragma GCC unroll 2
+      for (int j = 0; j < kMany; ++j) {
+        __builtin_prefetch(ahead[j].at);
+        __builtin_prefetch(beside[j].at);
+        ahead[j].at += ahead[j].step;
+        beside[j].at += beside[j].step;
+        Sums& s = sums[j];
+        const V entry = vec(x + j * step + k), d = valid.only(entry - around[j]);
+        s.deviation += d;
+        s.squares += d * d;
+        s.low = valid.lower(entry, s.low);
+        s.high = valid.higher(entry, s.high);
+        const V processed = valid.only(kNormal ? vec(tile.normal + k) : entry), positive = positive_part(processed),
+                advantage = positive * factor[j];
+        if (kNormal) s.undefined += (processed + advantage) * 0;
+        const V gated = only(not_above, advantage);
+        s.active += gated;
+        s.nonzero += not_zero(positive);
+        s.open += not_zero(gated);
+      }
+    }
+    uint64_t plain = 0;
+#pragma GCC unroll 2
+    for (int j = 0; j < kMany; ++j) {
+      const Sums& s = sums[j];
+      static_assert(kTileTokens < 1 << 16);
+      lanes.spill(s.deviation, s.squares, s.low, s.high, s.active, s.nonzero | s.open << 16, s.undefined);
+      const double wrong = lanes.sum(0) + (kNormal ? lanes.sum(6) : 0.0);
+      const C largest = static_cast<C>(lanes.template extreme<Larger>(3)) * scale[i + j];  // of A_i, if that is x
+      if (!(wrong - wrong == 0) || (!kNormal && largest == kInf)) continue;
+      const int64_t counts = lanes.count(5);
+      Moments here = Moments::empty();
+      here.count = tile.valid_count;
+      here.positive = here.nonzero = counts & 0xffff;
+      here.clipped = here.nonzero - (counts >> 16);
+      conclude(here, centre[j], m[i + j]);
+      plain |= uint64_t{1} << j;
+    }
+    return plain;
   }
 
   static C centre_of(double mean) {

@@ -72,6 +72,8 @@ inline Doubles smaller(Doubles a, Doubles b) { return _mm512_maskz_min_pd(-1, a,
 inline Doubles larger(Doubles a, Doubles b) { return _mm512_maskz_max_pd(-1, a, b); }
 inline Ints smaller(Ints a, Ints b) { return (Ints)_mm512_maskz_min_epi32(-1, (__m512i)a, (__m512i)b); }
 inline Longs smaller(Longs a, Longs b) { return (Longs)_mm512_maskz_min_epi64(-1, (__m512i)a, (__m512i)b); }
+inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_maskz_max_epi32(-1, (__m512i)a, (__m512i)b); }
+inline Longs larger(Longs a, Longs b) { return (Longs)_mm512_maskz_max_epi64(-1, (__m512i)a, (__m512i)b); }
 
 template <>
 struct Where<Floats, Ints> {
@@ -104,6 +106,7 @@ inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Doubles smaller(Doubles a, Doubles b) { return _mm256_min_pd(a, b); }
 inline Doubles larger(Doubles a, Doubles b) { return _mm256_max_pd(a, b); }
 inline Ints smaller(Ints a, Ints b) { return (Ints)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+inline Ints larger(Ints a, Ints b) { return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 
 #endif
 

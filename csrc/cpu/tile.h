@@ -172,21 +172,33 @@ inline __attribute__((always_inline)) void part(const typename Simd<C>::V* rows,
   }
 }
 
-// Objectives last and adjacent: N of them, in one walk over memory in which a token takes `step` elements.
+template <class V, class S>
+inline V load_vector(const S* src) {
+  using C = typename Storage<S>::Compute;
+  constexpr int lanes = sizeof(V) / sizeof(C);
+  V x;
+  if constexpr (std::is_same_v<S, C>) {
+    memcpy(&x, src, sizeof x);
+  } else {
+    alignas(V) C flat[lanes];
+    load_run<1>(src, 1, lanes, flat);
+    memcpy(&x, flat, sizeof x);
+  }
+  return x;
+}
+
+// Objectives last and adjacent: N of them, in one walk over memory in which a token takes `step` elements. That is N,
+// except where the N are whole vectors.
 template <int N, class S, class C>
 void deinterleave(const S* __restrict src, int64_t step, int m, C* __restrict dst, int stride) {
   using V = typename Simd<C>::V;
-  constexpr int lanes = Simd<C>::lanes;
+  constexpr int lanes = Simd<C>::lanes, whole = N % lanes == 0 ? N / lanes : 0;  // vectors a token
   int k = 0;
   for (; k + lanes <= m; k += lanes) {
-    alignas(V) C flat[N * lanes];
     V rows[N];
-    if (step == N) {
-      load_run<1>(src + k * step, 1, N * lanes, flat);
-    } else {
-      for (int l = 0; l < lanes; ++l) load_run<1>(src + (k + l) * step, 1, N, flat + l * N);
-    }
-    memcpy(rows, flat, sizeof rows);
+#pragma GCC unroll 16
+    for (int r = 0; r < N; ++r)
+      rows[r] = load_vector<V>(whole ? src + (k + r / larger(whole, 1)) * step + r % larger(whole, 1) * lanes : src + k * N + r * lanes);
     part<N, C>(rows, [&](int i, V x) { memcpy(dst + i * stride + k, &x, sizeof x); });
   }
   for (; k < m; ++k)
