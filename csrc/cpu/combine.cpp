@@ -213,7 +213,7 @@ class Run {
     for_parts(parallel_for, parts_for(left * p.n, left), left, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t k = 0, at = 0; k < runs && at < end; at += sizes[k++]) {  // run k has the tokens [at, at + sizes[k])
         const int64_t first = std::max(begin - at, int64_t{0}), last = std::min(end - at, sizes[k]);
-        if (first < last) kernels.weigh(p, firsts[k] + first, firsts[k] + last, weights);
+        if (first < last) kernels.weigh(p, firsts[k] + first, firsts[k] + last, weights, part[0].moments);
       }
     });
   }

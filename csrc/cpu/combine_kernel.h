@@ -42,7 +42,7 @@ class Kernel : Combiner<C> {
       scan_tile(t, count, moments, gram);
       if (!guess) return;
       if (++done; (done & (done - 1)) == 0 && guess->look(p, others, moments, t)) want(guess->weights);
-      if (guess->from != Guess::kNone) this->template combine_tile<S>(t, count);
+      if (guess->from != Guess::kNone) this->template combine_tile<S>(t, count, moments);
     });
   }
 
@@ -111,14 +111,14 @@ class Kernel : Combiner<C> {
   // The combination of the tokens [first, last) under fixed weights[n]; of weight 0 only what stands beside others is
   // read.
   template <class S>
-  void weigh(int64_t first, int64_t last, const double* weights) {
+  void weigh(int64_t first, int64_t last, const double* weights, const Moments* moments) {
     want(weights);
     const bool together = adjacent && !p.sums && many > 2;  // then in one walk over memory
     tiles(first, last, [&](int64_t t, int count) {
       load_valid(p, t, count, tile);
       if (together) load_objectives<S>(p, p.advantages, true, t, count, tile.x, stride);
       for (int j = 0; j < many && !together; ++j) load_objective<S>(wanted[j], t, count, tile.x + wanted[j] * stride);
-      this->template combine_tile<S>(t, count);
+      this->template combine_tile<S>(t, count, moments);
     });
   }
 
@@ -158,17 +158,18 @@ class Kernel : Combiner<C> {
   template <class S>
   void tokens_tile(int64_t t, int count, Moments* moments, TokenShares& shares) {
     const uint64_t plain = this->template observe<Keep::kUnlessPlain>(t, count, moments);
+    C* const out = this->template destination<S>(t, count);
     if (p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token && plain == ~uint64_t{0} >> (64 - p.n)) {
-      this->solve_plain_tokens(count, shares);
+      this->solve_plain_tokens(count, shares, out);
     } else {
       for (int i = 0; i < p.n; ++i)
         if (plain >> i & 1 && !normalizer.active()) keep(i, tile.x + i * stride, count);
-      this->template solve_tokens<S>(t, count, shares);
+      this->template solve_tokens<S>(t, count, shares, out);
     }
     if (p.in_place) {
       for (int i = 0; i < p.n; ++i) store_plane<S>(p, p.advantages[i], t, count, tile.x + i * stride);
-    } else {
-      store_plane<S>(p, p.out, t, count, tile.out);
+    } else if (out == tile.out) {
+      store_plane<S>(p, p.out, t, count, out);
     }
   }
 
@@ -281,8 +282,8 @@ void scan(const CombineParams& p, int64_t first, int64_t last, Moments* moments,
   });
 }
 
-void weigh(const CombineParams& p, int64_t first, int64_t last, const double* weights) {
-  with_kernel(p, [&](auto& kernel, auto s) { kernel.template weigh<decltype(s)>(first, last, weights); });
+void weigh(const CombineParams& p, int64_t first, int64_t last, const double* weights, const Moments* moments) {
+  with_kernel(p, [&](auto& kernel, auto s) { kernel.template weigh<decltype(s)>(first, last, weights, moments); });
 }
 
 void tokens(const CombineParams& p, int64_t first, int64_t last, Moments* moments, TokenShares& shares) {
@@ -307,7 +308,7 @@ void pools(const CombineParams& p, int64_t first, int64_t last, Moments* moments
       if (gram) fill(gram, 0, p.n * p.n + 1, 0.0);
       kernel.template scan<S>(begin * p.row_tokens, end * p.row_tokens, of, gram, nullptr, nullptr);
       const double value = solve_pool(p, of, gram, weights);
-      kernel.template weigh<S>(begin * p.row_tokens, end * p.row_tokens, weights);
+      kernel.template weigh<S>(begin * p.row_tokens, end * p.row_tokens, weights, of);
       for (int i = 0; i < p.n; ++i) merge(moments[i], of[i]);
       // The solve of a row, or of a group by ids, stands at its rows; that of another group at its own index.
       const bool at_rows = p.level == Level::kSequence || p.normalize.groups == Groups::kIds;

@@ -33,6 +33,16 @@ class Combiner : protected Observer<C> {
 
   using Observer<C>::Observer;
 
+  typedef C Unaligned __attribute__((vector_size(PAMA_VECTOR_BYTES), may_alias, aligned(alignof(C))));
+  static Unaligned& at(C* x, int k) { return *reinterpret_cast<Unaligned*>(x + k); }
+
+  // Where the combination of a tile goes: to its place if that is whole vectors of C side by side, else to scratch first.
+  template <class S>
+  C* destination(int64_t t, int count) {
+    const bool straight = std::is_same_v<S, C> && !p.in_place && p.rows == 1 && !p.order && p.out.col == 1;
+    return straight && count % kLanes == 0 ? reinterpret_cast<C*>(p.out.data) + t : tile.out;
+  }
+
   int many = 0, wanted[kMaxObjectives];  // the objectives that are combined
 
   // The objectives that a combination under these weights has to see.
@@ -44,26 +54,34 @@ class Combiner : protected Observer<C> {
     }
   }
 
-  // The combination of a tile in `x`, as loaded, under the weights wanted.
+  // The combination of a tile in `x`, as loaded, under the weights wanted. `moments` have seen it.
   template <class S>
-  void combine_tile(int64_t t, int count) {
+  void combine_tile(int64_t t, int count, const Moments* moments) {
     for (int j = 0; j < many && normalizer.active(); ++j) {
       C* x = tile.x + wanted[j] * stride;
       normalizer.apply(wanted[j], t, count, x, x);
     }
+    C* const out = destination<S>(t, count);
     bool first = true;
     for (int j = 0; j < many; ++j) {
       if (weight[j] == 0) continue;  // 0 * inf would be NaN
-      p.in_place ? add_share<true>(j, first, count) : add_share<false>(j, first, count);
+      if (p.in_place) {
+        add_share<true, false>(j, first, count, out);
+      } else if (!normalizer.active() && moments[wanted[j]].nonfinite == 0) {
+        add_share<false, true>(j, first, count, out);
+      } else {
+        add_share<false, false>(j, first, count, out);
+      }
       first = false;
     }
-    if (first) fill(tile.out, 0, count, C{0});
+    if (first) fill(out, 0, count, C{0});
     for (int k = 0; k < count && p.marks(); k += kLanes) {
       M any{};
       for (int i = 0; i < p.n; ++i) any |= vec(tile.valid + k) & (finite(vec(tile.x + i * stride + k)) | propagate);
-      vec(tile.out + k) = marked(vec(tile.out + k), any);
+      at(out, k) = marked(at(out, k), any);
     }
-    if (!p.in_place) return store_plane<S>(p, p.out, t, count, tile.out);
+    if (out != tile.out) return;
+    if (!p.in_place) return store_plane<S>(p, p.out, t, count, out);
     for (int i = 0, j = 0; i < p.n; ++i) {
       C* x = tile.x + i * stride;
       if (j < many && wanted[j] == i) {
@@ -77,16 +95,16 @@ class Combiner : protected Observer<C> {
 
   // Theorem 1 where no a_i is negative, or missing at a valid token. `x` holds what was loaded or, if that is normalised,
   // A_i.
-  void solve_plain_tokens(int count, TokenShares& shares) {
+  void solve_plain_tokens(int count, TokenShares& shares, C* out) {
     [&]<int... kN>(std::integer_sequence<int, kN...>) {
-      const bool known = ((p.n == kN + 1 && (solve_plain_tokens<kN + 1>(count, shares), true)) || ...);
-      if (!known) solve_plain_tokens<0>(count, shares);
+      const bool known = ((p.n == kN + 1 && (solve_plain_tokens<kN + 1>(count, shares, out), true)) || ...);
+      if (!known) solve_plain_tokens<0>(count, shares, out);
     }(std::make_integer_sequence<int, 16>());
   }
 
   // Theorem 1 for kLanes tokens at a time; `x` holds A_i on entry and, in place, c_i A_i on return.
   template <class S>
-  void solve_tokens(int64_t first, int count, TokenShares& shares) {
+  void solve_tokens(int64_t first, int count, TokenShares& shares, C* out) {
     V share_sum[kMaxObjectives] = {};
     V value_sum{};
     M used_count{};
@@ -139,7 +157,7 @@ class Combiner : protected Observer<C> {
       value = used ? value : V{};
       // Of what is active and has but one value; without the rounding of shares, as with plain tokens.
       if (p.solver != Solver::kFixed) combined = (value > V{}) & (low > V{}) ? value : combined;
-      vec(tile.out + k) = p.marks() ? marked(combined, used) : combined;
+      at(out, k) = p.marks() ? marked(combined, used) : combined;
       value_sum += value;
       used_count -= used;
       if (p.per_token) {
@@ -156,7 +174,7 @@ class Combiner : protected Observer<C> {
   // s* is the smallest A_i of an active token, and what its objectives are combined to, whoever shares it; at an idle one
   // all a_i are 0 and tie. kN: how many objectives, known to the compiler; 0: any number.
   template <int kN>
-  void solve_plain_tokens(int count, TokenShares& shares) {
+  void solve_plain_tokens(int count, TokenShares& shares, C* out) {
     constexpr int kMost = kN ? kN : kMaxObjectives;
     const int n = kN ? kN : p.n;
     const bool in_place = p.in_place, mark = p.marks();
@@ -187,7 +205,7 @@ class Combiner : protected Observer<C> {
       }
       low = only(active, low);
       combined += low;
-      vec(tile.out + k) = mark ? marked(combined, valid) : combined;
+      at(out, k) = mark ? marked(combined, valid) : combined;
       value_sum += low;
       idle_count -= idle;
     }
@@ -202,15 +220,15 @@ class Combiner : protected Observer<C> {
     }
   }
 
-  // c_i A_i of the j-th of the objectives wanted, added to those before it; kept in `x` where that is asked for.
-  template <bool kKeep>
-  void add_share(int j, bool first, int count) {
+  // c_i A_i of the j-th of the objectives wanted, added to those before it. kKeep: kept in `x`. kPlain: all are finite.
+  template <bool kKeep, bool kPlain>
+  void add_share(int j, bool first, int count, C* out) {
     C* const x = tile.x + wanted[j] * stride;
     const V factor = all(scale[wanted[j]]), share_of = all(weight[j]), lowest = all(floor);
     for (int k = 0; k < count; k += kLanes) {
-      const M take = vec(tile.valid + k) & (finite(vec(x + k)) | propagate);
+      const M valid = vec(tile.valid + k), take = kPlain ? valid : valid & (finite(vec(x + k)) | propagate);
       const V share = only(take, share_of * (larger(lowest, vec(x + k)) * factor));
-      vec(tile.out + k) = (first ? V{} : vec(tile.out + k)) + share;
+      at(out, k) = (first ? V{} : at(out, k)) + share;
       if (kKeep) vec(x + k) = share;
     }
   }

@@ -43,7 +43,7 @@ struct CpuKernels {
   const char* name;
   void (*scan)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram, const Moments* others,
                Guess*);
-  void (*weigh)(const CombineParams&, int64_t first, int64_t last, const double* weights);
+  void (*weigh)(const CombineParams&, int64_t first, int64_t last, const double* weights, const Moments*);
   void (*tokens)(const CombineParams&, int64_t first, int64_t last, Moments*, TokenShares&);
   void (*pools)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram);  // rows, or groups
   void (*moments)(const CombineParams&, int64_t first, int64_t last, Moments*);              // of the raw samples
