@@ -126,23 +126,24 @@ void store_plane(const Params& p, const Plane& q, int64_t first, int count, cons
 template <class C>
 using Places = std::make_integer_sequence<int, Simd<C>::lanes>;
 
-// One vector with every kStep-th element, from kFirst on, of kStep vectors that follow each other.
+// One vector with every kStep-th element, from kFirst on, of kStep vectors that follow each other; kStep is prime.
 template <int kStep, int kFirst, class C, int... kPlaces>
 inline auto every(const typename Simd<C>::V* rows, std::integer_sequence<int, kPlaces...>) {
   constexpr int lanes = Simd<C>::lanes;
-  auto found = rows[0];
-  // Vector r has the elements [r * lanes, (r + 1) * lanes): what it does not have is kept as it is.
-  auto take = [&]<int kRow>() {
-    found =
-        __builtin_shufflevector(found, rows[kRow],
-                                ((kPlaces * kStep + kFirst) / lanes == kRow ? lanes + (kPlaces * kStep + kFirst) % lanes
-                                 : kRow == 1 && (kPlaces * kStep + kFirst) / lanes == 0 ? kPlaces * kStep + kFirst
-                                                                                        : kPlaces)...);
-  };
-  [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
-    (take.template operator()<kRows + 1>(), ...);
-  }(std::make_integer_sequence<int, kStep - 1>());
-  return found;
+  if constexpr (kStep == 2) {
+    return __builtin_shufflevector(rows[0], rows[1], (kPlaces * 2 + kFirst)...);
+  } else {
+    // What is wanted stands at another place in each of the vectors: all is chosen first, in place, and then put in order.
+    auto found = rows[0];
+    auto choose = [&]<int kRow>() {
+      found = __builtin_shufflevector(found, rows[kRow],
+                                      ((kRow * lanes + kPlaces) % kStep == kFirst ? lanes + kPlaces : kPlaces)...);
+    };
+    [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
+      (choose.template operator()<kRows + 1>(), ...);
+    }(std::make_integer_sequence<int, kStep - 1>());
+    return __builtin_shufflevector(found, found, ((kPlaces * kStep + kFirst) % lanes)...);
+  }
 }
 
 constexpr int smallest_factor(int n) {
