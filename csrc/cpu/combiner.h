@@ -23,8 +23,6 @@ class Combiner : protected Observer<C> {
   using Observer<C>::normalizer;
   using Observer<C>::only;
   using Observer<C>::p;
-  using Observer<C>::least;
-  using Observer<C>::positive_part;
   using Observer<C>::propagate;
   using Observer<C>::scale;
   using Observer<C>::stride;
@@ -147,9 +145,10 @@ class Combiner : protected Observer<C> {
           c = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : c;
           share_sum[i] += used ? c : V{};
         }
-        const V contribution = (take & (c != V{})) ? c * advantage : V{};
-        combined += contribution;
-        if (p.in_place) vec(tile.x + i * stride + k) = contribution;
+        const M some = take & (c != V{});
+        const V share = only(some, c), of = only(some, advantage);
+        combined = multiply_add(share, of, combined);
+        if (p.in_place) vec(tile.x + i * stride + k) = share * of;
         if (p.per_token) write_weights(first + k, smaller(kLanes, count - k), i, c, used);
       }
       if (p.solver == Solver::kMinNorm) value = value < V{} ? -value : value;  // of one token: the closed form
@@ -185,14 +184,15 @@ class Combiner : protected Observer<C> {
     const int64_t step = kN ? Tile<C>::stride_for(kMost) : stride;
     for (int k = 0; k < count; k += kLanes) {
       const M valid = vec(tile.valid + k), active = vec(tile.not_above + k), idle = valid & ~active;
-      const Where<V, M> where(valid), where_idle(idle);
+      const Where<V, M> where(valid);
+      const V idle_even = only(idle, even);
       V a[kMost], low = all(kInf), combined{};
       M at_low{};
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) {
-        a[i] = where.only(positive_part(vec(tile.x + i * step + k))) * factor[i];
-        low = least(a[i], low);
-        combined += where_idle.only(a[i] * even);
+        a[i] = where.positive(vec(tile.x + i * step + k)) * factor[i];
+        low = (V)smaller((M)a[i], (M)low);  // of numbers that are not negative, as integers
+        combined = multiply_add(a[i], idle_even, combined);
       }
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) at_low -= a[i] == low;

@@ -30,10 +30,6 @@ class Observer {
   static V all(C x) { return V{} + x; }
   static M finite(V x) { return (x - x) == V{}; }
   static V only(M mask, V x) { return (V)((M)x & mask); }    // x where the mask is set, else 0
-  // The larger of x and 0, and the smaller of two numbers that are not negative: as integers, of which a core makes twice
-  // as many in a cycle. NaN may pass.
-  static V positive_part(V x) { return (V)larger((M)x, M{}); }
-  static V least(V a, V b) { return (V)smaller((M)a, (M)b); }
   static M not_zero(V x) { return smaller((M)x, M{} + 1); }  // 1 where x is, of those that are not negative
 
   explicit Observer(const CombineParams& params)
@@ -186,9 +182,9 @@ class Observer {
         s.squares += d * d;
         s.low = valid.lower(entry, s.low);
         s.high = valid.higher(entry, s.high);
-        const V processed = valid.only(kNormal ? vec(tile.normal + k) : entry), positive = positive_part(processed),
+        const V processed = kNormal ? vec(tile.normal + k) : entry, positive = valid.positive(processed),
                 advantage = positive * factor[j];
-        if (kNormal) s.undefined += (processed + advantage) * 0;
+        if (kNormal) s.undefined += (valid.only(processed) + advantage) * 0;
         const V gated = only(not_above, advantage);
         s.active += gated;
         s.nonzero += not_zero(positive);

@@ -39,13 +39,21 @@ inline T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// What a loop needs of a mask: where it is set x, else 0; the smaller or larger of x and y, else y.
+// a b + c, rounded once where there is an instruction for it.
+template <class V>
+inline V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+
+// What a loop needs of a mask: where it is set x, or the larger of x and 0, else 0; the smaller or larger of x and y, else
+// y. positive() compares integers, of which a core makes twice as many in a cycle as of floats: NaN may pass.
 template <class V, class M>
 struct Where {
   M mask;
 
   explicit Where(M m) : mask(m) {}
   V only(V x) const { return (V)((M)x & mask); }
+  V positive(V x) const { return only((V)larger((M)x, M{})); }
   V lower(V x, V y) const { return smaller(mask ? x : y, y); }
   V higher(V x, V y) const { return larger(mask ? x : y, y); }
 };
@@ -72,8 +80,9 @@ inline Doubles smaller(Doubles a, Doubles b) { return _mm512_maskz_min_pd(-1, a,
 inline Doubles larger(Doubles a, Doubles b) { return _mm512_maskz_max_pd(-1, a, b); }
 inline Ints smaller(Ints a, Ints b) { return (Ints)_mm512_maskz_min_epi32(-1, (__m512i)a, (__m512i)b); }
 inline Longs smaller(Longs a, Longs b) { return (Longs)_mm512_maskz_min_epi64(-1, (__m512i)a, (__m512i)b); }
-inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_maskz_max_epi32(-1, (__m512i)a, (__m512i)b); }
-inline Longs larger(Longs a, Longs b) { return (Longs)_mm512_maskz_max_epi64(-1, (__m512i)a, (__m512i)b); }
+
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
 
 template <>
 struct Where<Floats, Ints> {
@@ -81,6 +90,7 @@ struct Where<Floats, Ints> {
 
   explicit Where(Ints m) : mask(_mm512_test_epi32_mask((__m512i)m, (__m512i)m)) {}
   Floats only(Floats x) const { return _mm512_maskz_mov_ps(mask, x); }
+  Floats positive(Floats x) const { return (Floats)_mm512_maskz_max_epi32(mask, (__m512i)x, __m512i{}); }
   Floats lower(Floats x, Floats y) const { return _mm512_mask_min_ps(y, mask, x, y); }
   Floats higher(Floats x, Floats y) const { return _mm512_mask_max_ps(y, mask, x, y); }
 };
@@ -90,6 +100,7 @@ struct Where<Doubles, Longs> {
 
   explicit Where(Longs m) : mask(_mm512_test_epi64_mask((__m512i)m, (__m512i)m)) {}
   Doubles only(Doubles x) const { return _mm512_maskz_mov_pd(mask, x); }
+  Doubles positive(Doubles x) const { return (Doubles)_mm512_maskz_max_epi64(mask, (__m512i)x, __m512i{}); }
   Doubles lower(Doubles x, Doubles y) const { return _mm512_mask_min_pd(y, mask, x, y); }
   Doubles higher(Doubles x, Doubles y) const { return _mm512_mask_max_pd(y, mask, x, y); }
 };
@@ -101,6 +112,8 @@ inline Ints widened<Ints>(const uint8_t* from) {
   return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 }
 
+inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
 inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Doubles smaller(Doubles a, Doubles b) { return _mm256_min_pd(a, b); }
