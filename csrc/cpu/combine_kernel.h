@@ -19,6 +19,7 @@ class Kernel : Combiner<C> {
   using Combiner<C>::keep;
   using Combiner<C>::kLanes;
   using Combiner<C>::lanes;
+  using Combiner<C>::lower_gates;
   using Combiner<C>::many;
   using Combiner<C>::normalizer;
   using Combiner<C>::p;
@@ -176,7 +177,7 @@ class Kernel : Combiner<C> {
   template <class S>
   void load(int64_t t, int count) {
     load_valid(p, t, count, tile);
-    load_gates(p, t, count, tile);
+    load_gates(p, t, count, lower_gates, tile);
     load_all<S>(t, count);
     look_ahead<S>(t, count);
   }

@@ -20,6 +20,7 @@ class Combiner : protected Observer<C> {
   using Observer<C>::kInf;
   using Observer<C>::kLanes;
   using Observer<C>::lanes;
+  using Observer<C>::lower_gates;
   using Observer<C>::normalizer;
   using Observer<C>::only;
   using Observer<C>::p;

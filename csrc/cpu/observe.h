@@ -38,7 +38,11 @@ class Observer {
         floor(params.noon ? C{0} : -kInf),
         propagate(M{} - (params.propagate ? 1 : 0)),
         normalizer(params) {
-    for (int i = 0; i < p.n; ++i) scale[i] = static_cast<C>(p.scale(i));
+    lower_gates = !p.noon || p.propagate || normalizer.active();
+    for (int i = 0; i < p.n; ++i) {
+      scale[i] = static_cast<C>(p.scale(i));
+      lower_gates |= !(scale[i] > 0 && scale[i] < kInf);
+    }
   }
 
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
@@ -247,6 +251,7 @@ class Observer {
   const C floor;      // Noon: max(A, 0); otherwise -inf
   const M propagate;  // all ones if non-finite entries take part
   C scale[kMaxObjectives];
+  bool lower_gates;  // whether an A_i may be negative, -0 or NaN
   Tile<C> tile;
   Lanes<C> lanes;
   Normalizer<C> normalizer;

@@ -283,7 +283,7 @@ void load_valid(const CombineParams& p, int64_t first, int count, Tile<C>& tile)
 }
 
 template <class S, class C>
-void load_gates_as(const CombineParams& p, int64_t first, int count, Tile<C>& tile) {
+void load_gates_as(const CombineParams& p, int64_t first, int count, bool lower, Tile<C>& tile) {
   using L = typename Storage<S>::Compute;
   const L high = at_most<L>(p.log_high), low = at_least<L>(p.log_low);
   for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
@@ -291,26 +291,24 @@ void load_gates_as(const CombineParams& p, int64_t first, int count, Tile<C>& ti
     auto* __restrict not_above = tile.not_above + done;
     auto* __restrict not_below = tile.not_below + done;
     const int64_t step = p.log_ratio.col;
-    for (int k = 0; k < m; ++k) {
-      const L log_u = Storage<S>::load(src[step == 1 ? k : k * step]);
-      not_above[k] = log_u <= high ? -1 : 0;
-      not_below[k] = log_u >= low ? -1 : 0;
-    }
+    for (int k = 0; k < m; ++k) not_above[k] = Storage<S>::load(src[step == 1 ? k : k * step]) <= high ? -1 : 0;
+    for (int k = 0; k < m && lower; ++k) not_below[k] = Storage<S>::load(src[k * step]) >= low ? -1 : 0;
   });
 }
 
+// The lower ones only where an advantage may need them.
 template <class C>
-void load_gates(const CombineParams& p, int64_t first, int count, Tile<C>& tile) {
+void load_gates(const CombineParams& p, int64_t first, int count, bool lower, Tile<C>& tile) {
   if (!p.log_ratio.data) {
     fill(tile.not_above, 0, count, -1);
-    fill(tile.not_below, 0, count, -1);
+    if (lower) fill(tile.not_below, 0, count, -1);
     return;
   }
   switch (p.log_ratio_dtype) {
-    case DType::kFloat32: return load_gates_as<float>(p, first, count, tile);
-    case DType::kFloat64: return load_gates_as<double>(p, first, count, tile);
-    case DType::kFloat16: return load_gates_as<Half>(p, first, count, tile);
-    default: return load_gates_as<BFloat16>(p, first, count, tile);
+    case DType::kFloat32: return load_gates_as<float>(p, first, count, lower, tile);
+    case DType::kFloat64: return load_gates_as<double>(p, first, count, lower, tile);
+    case DType::kFloat16: return load_gates_as<Half>(p, first, count, lower, tile);
+    default: return load_gates_as<BFloat16>(p, first, count, lower, tile);
   }
 }
 
