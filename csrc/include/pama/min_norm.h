@@ -98,7 +98,8 @@ class MinNorm {
     for (int k = 0; k < m; ++k) {
       b[k] = least / size[k];
       u[k] = 0.0;
-      for (int j = 0; j < m; ++j) r[k * n + j] = k == j ? kRidge : entry(index[k], index[j]) / size[k] / size[j];
+      r[k * n + k] = kRidge;
+      for (int j = 0; j < k; ++j) r[k * n + j] = r[j * n + k] = entry(index[k], index[j]) / size[k] / size[j];
     }
   }
 
