@@ -115,6 +115,13 @@ def test_where_objectives_stand_changes_no_bit(instructions, n, tokens, level, d
     assert_same_result(combine([c.clone() for c in x.unbind(-1)], mask=mask, level=level), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_every_number_of_objectives_is_parted(instructions, dtype):
+    for n in range(1, 65):
+        x = torch.randn(83, n, generator=generator(n)).to(dtype)
+        assert_same_result(combine(x), combine([column.clone() for column in x.unbind(-1)]))
+
+
 NONZERO = {
     torch.bool: [True],
     torch.uint8: [1, 2, 128, 255],

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, LEVELS, SHAPES, Problem, make, normal, surrounded
+from cases import DTYPES, LAYOUTS, LEVELS, SHAPES, TILE, Problem, make, normal, surrounded
 from compare import assert_same_bits, assert_same_result
 from doors import DOORS, assert_matches, stacked
 
@@ -107,8 +107,9 @@ OUTPUTS = {
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
-def test_out_is_written_completely(door, device, dtype, level, out):
-    problem = make((7, 43, 3), dtype, draw=normal, level=level).to(device)
+@pytest.mark.parametrize("shape", [(7, 43, 3), (13, 160, 3)], ids=["cut", "whole vectors"])
+def test_out_is_written_completely(door, device, dtype, level, out, shape):
+    problem = make(shape, dtype, draw=normal, level=level).to(device)
     expected = combine(problem.values, **problem.options)
     target = out(torch.empty_like(expected.advantages))
     target.fill_(float("nan"))  # poisoned: what is not written shows
@@ -117,6 +118,19 @@ def test_out_is_written_completely(door, device, dtype, level, out):
     assert result.advantages is target
     assert_same_result(result, expected)
     assert target._version > version
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_beside_out_is_written(device, dtype, level):
+    """Whole vectors are written straight to where they belong; they must not reach beyond."""
+    for length in (1, 15, 16, 17, TILE - 8, TILE, TILE + 1, TILE + 32):
+        x = make((length, 1, 3), dtype, draw=normal).to(device).values
+        for before in (0, 1, 16):
+            memory = torch.full((before + length + 64,), torch.nan, dtype=dtype, device=device)
+            out = memory[before : before + length].view(length, 1)
+            assert_same_bits(combine(x, level=level, out=out).advantages, combine(x, level=level).advantages)
+            assert memory[:before].isnan().all() and memory[before + length :].isnan().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0, 2)])
