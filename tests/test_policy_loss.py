@@ -79,9 +79,9 @@ def test_every_instruction_set(shape, instructions):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("other", DTYPES, ids=str)
 def test_dtypes(dtype, other, door):
-    for variant in VARIANTS.values():
+    for variant in (*VARIANTS.values(), {"objectives": 3}, {"objectives": 16}):
         arguments = make((3, 50), dtype, **variant)
-        for name in ("old_log_probs", "advantages", "ref_log_probs"):
+        for name in ("old_log_probs", "advantages", "objective_advantages", "ref_log_probs"):
             if name in arguments:
                 arguments[name] = arguments[name].to(other)
         assert_computes(POLICY, door, arguments)

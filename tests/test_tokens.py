@@ -1,4 +1,4 @@
-"""Level token on CPU, where there is nothing to tolerate: what Theorem 1 says of one token holds to the bit.
+"""Level token on CPU, and what of it there is no need to tolerate: what shares of s* add up to is s* to the bit.
 
 The kernels go a fast way where all of a tile is finite, and have it once for each number of objectives up to 16; the
 careful way serves the rest. An entry that is NaN for all objectives is a token behind the mask, so the two can be
@@ -72,16 +72,53 @@ def test_a_token_without_data_is_a_token_behind_the_mask(instructions, n, in_pla
             assert_close(result.value, expected.value, what="value")
 
 
+@pytest.mark.parametrize("solver", ["closed_form", "min_norm"])
+@pytest.mark.parametrize("n", COUNTS)
+def test_a_token_is_combined_to_what_is_nearest_to_0(instructions, n, solver):
+    """Between the smallest and the largest advantage; so the opposite advantages give the opposite."""
+    for length in LENGTHS:
+        x, _, _ = tokens(n, length)
+        options = {"level": "token", "noon": False, "solver": solver}
+        low, high = x.amin(-1), x.amax(-1)
+        nearest = torch.where(low > 0, low, torch.where(high < 0, high, 0.0))
+        assert_same_bits(combine(x, **options).advantages, nearest)
+        assert_same_bits(combine(-x, **options).advantages + 0.0, -nearest + 0.0)
+        infinite = x.clone()
+        infinite[::3] *= torch.inf
+        result = combine(infinite, **options, nan="propagate").advantages
+        expected = reference.combine(infinite.double(), **options, nan="propagate").advantages
+        assert_close(result[::3], expected[::3], what="with infinities")
+
+
+@pytest.mark.parametrize("noon", [True, False])
+@pytest.mark.parametrize("n", COUNTS)
+def test_fixed_weights_are_the_same_at_every_level(instructions, n, noon):
+    for length in LENGTHS:
+        x, mask, _ = tokens(n, length)
+        options = {"mask": mask, "solver": "fixed", "noon": noon, "reward_weights": torch.linspace(-1.0, 2.0, n)}
+        token, batch = combine(x, level="token", **options), combine(x, level="batch", **options)
+        assert_same_bits(token.advantages + 0.0, batch.advantages + 0.0)
+
+
 @settings(max_examples=40, **UNTIL_SHARED)
-@given(n=st.integers(1, 20), length=st.integers(1, 70), noon=st.booleans(), seed=st.integers(0, 2**31))
-def test_what_another_token_lacks_changes_no_bit(instructions, n, length, noon, seed):
+@given(
+    n=st.integers(1, 20),
+    length=st.integers(1, 70),
+    noon=st.booleans(),
+    in_place=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_what_another_token_lacks_changes_no_bit(instructions, n, length, noon, in_place, seed):
     """One NaN sends a tile the careful way: the tokens beside it must not notice."""
     g = generator(seed)
     x, log_ratio = torch.randn(length, n, generator=g), 0.4 * torch.randn(length, generator=g)
-    expected = combine(x, log_ratio=log_ratio, level="token", noon=noon)
-    spoilt = x.clone()
-    at = int(torch.randint(length, (), generator=g))
+    x[torch.rand(length, n, generator=g) < 0.1] = -0.0
+    at, spoilt = int(torch.randint(length, (), generator=g)), x.clone()
     spoilt[at, int(torch.randint(n, (), generator=g))] = torch.nan
-    result = combine(spoilt, log_ratio=log_ratio, level="token", noon=noon)
+    call = combine_ if in_place else combine
+    one, other = (call(v, log_ratio=log_ratio, level="token", noon=noon) for v in (x, spoilt))
     rest = torch.arange(length) != at
-    assert_same_bits(result.advantages[rest], expected.advantages[rest])
+    if in_place:
+        assert_same_bits(spoilt[rest], x[rest])
+    else:
+        assert_same_bits(other.advantages[rest], one.advantages[rest])

@@ -20,7 +20,6 @@ class Combiner : protected Observer<C> {
   using Observer<C>::kInf;
   using Observer<C>::kLanes;
   using Observer<C>::lanes;
-  using Observer<C>::lower_gates;
   using Observer<C>::normalizer;
   using Observer<C>::only;
   using Observer<C>::p;
@@ -35,7 +34,8 @@ class Combiner : protected Observer<C> {
   typedef C Unaligned __attribute__((vector_size(PAMA_VECTOR_BYTES), may_alias, aligned(alignof(C))));
   static Unaligned& at(C* x, int k) { return *reinterpret_cast<Unaligned*>(x + k); }
 
-  // Where the combination of a tile goes: to its place if that is whole vectors of C side by side, else to scratch first.
+  // Where the combination of a tile goes: to its place if that is whole vectors of C side by side, else to scratch
+  // first.
   template <class S>
   C* destination(int64_t t, int count) {
     const bool straight = std::is_same_v<S, C> && !p.in_place && p.rows == 1 && !p.order && p.out.col == 1;
@@ -92,8 +92,8 @@ class Combiner : protected Observer<C> {
     }
   }
 
-  // Theorem 1 where no a_i is negative, or missing at a valid token. `x` holds what was loaded or, if that is normalised,
-  // A_i.
+  // Theorem 1 where no a_i is negative, or missing at a valid token. `x` holds what was loaded or, if that is
+  // normalised, A_i.
   void solve_plain_tokens(int count, TokenShares& shares, C* out) {
     [&]<int... kN>(std::integer_sequence<int, kN...>) {
       const bool known = ((p.n == kN + 1 && (solve_plain_tokens<kN + 1>(count, shares, out), true)) || ...);
@@ -146,17 +146,18 @@ class Combiner : protected Observer<C> {
           c = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : c;
           share_sum[i] += used ? c : V{};
         }
-        const M some = take & (c != V{});
-        const V share = only(some, c), of = only(some, advantage);
-        combined = multiply_add(share, of, combined);
-        if (p.in_place) vec(tile.x + i * stride + k) = share * of;
+        const V contribution = (take & (c != V{})) ? c * advantage : V{};
+        combined += contribution;
+        if (p.in_place) vec(tile.x + i * stride + k) = contribution;
         if (p.per_token) write_weights(first + k, smaller(kLanes, count - k), i, c, used);
       }
+      // If no extreme is 0, all that have a weight are active, and what they share is s* itself: without their
+      // rounding.
+      const M exact = used & ~undefined & (low != V{}) & (high != V{}) & (total.low == total.low);
+      if (p.solver != Solver::kFixed) combined = exact ? value : combined;
       if (p.solver == Solver::kMinNorm) value = value < V{} ? -value : value;  // of one token: the closed form
       if (p.solver != Solver::kFixed) value = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : value;
       value = used ? value : V{};
-      // Of what is active and has but one value; without the rounding of shares, as with plain tokens.
-      if (p.solver != Solver::kFixed) combined = (value > V{}) & (low > V{}) ? value : combined;
       at(out, k) = p.marks() ? marked(combined, used) : combined;
       value_sum += value;
       used_count -= used;
@@ -171,8 +172,8 @@ class Combiner : protected Observer<C> {
   }
 
  private:
-  // s* is the smallest A_i of an active token, and what its objectives are combined to, whoever shares it; at an idle one
-  // all a_i are 0 and tie. kN: how many objectives, known to the compiler; 0: any number.
+  // s* is the smallest A_i of an active token, and what its objectives are combined to, whoever shares it; at an idle
+  // one all a_i are 0 and tie. kN: how many objectives, known to the compiler; 0: any number.
   template <int kN>
   void solve_plain_tokens(int count, TokenShares& shares, C* out) {
     constexpr int kMost = kN ? kN : kMaxObjectives;
@@ -185,15 +186,14 @@ class Combiner : protected Observer<C> {
     const int64_t step = kN ? Tile<C>::stride_for(kMost) : stride;
     for (int k = 0; k < count; k += kLanes) {
       const M valid = vec(tile.valid + k), active = vec(tile.not_above + k), idle = valid & ~active;
-      const Where<V, M> where(valid);
-      const V idle_even = only(idle, even);
+      const Where<V, M> where(valid), where_idle(idle);
       V a[kMost], low = all(kInf), combined{};
       M at_low{};
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) {
         a[i] = where.positive(vec(tile.x + i * step + k)) * factor[i];
-        low = (V)smaller((M)a[i], (M)low);  // of numbers that are not negative, as integers
-        combined = multiply_add(a[i], idle_even, combined);
+        low = (V)smaller((M)a[i], (M)low);         // of numbers that are not negative, as integers
+        combined += where_idle.only(a[i] * even);  // chosen after it is rounded, as in solve_tokens: no FMA
       }
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) at_low -= a[i] == low;

@@ -38,7 +38,8 @@ struct Guess {
 };
 
 // Each works on the tokens from `first` to `last` and merges into moments[n]; `scan` and `tokens` on groups, if they
-// measure them. `gram` is [n * n + 1] or null; the guess may be null, and then `others` too.
+// measure them. `gram` is [n * n + 1] or null; the guess may be null, and then `others` too. `weigh` only reads its
+// moments, which have to have seen the tokens: where they know of no NaN, none is looked for.
 struct CpuKernels {
   const char* name;
   void (*scan)(const CombineParams&, int64_t first, int64_t last, Moments*, double* gram, const Moments* others,

@@ -130,7 +130,7 @@ class Observer {
       const V processed = kNormal ? vec(tile.normal + k) : entry;
       positive -= usable & (processed > V{});
 
-      const V positive_part = noon(take ? processed : V{}, all(floor));
+      const V positive_part = noon(take ? processed : V{}, all(floor)) + V{};  // no -0
       const V advantage = only(take, positive_part * scale[i]);
       const V gated = gated_at(advantage, k);
       active += gated;
@@ -152,8 +152,9 @@ class Observer {
     conclude(here, centre, m);
   }
 
-  // The same under Noon, of those whose valid entries and A_i are all finite: a bit for each. For others nothing is done.
-  // Comparisons are what takes the time above: here a maximum, a bitwise and or a minimum of integers does their work.
+  // The same under Noon, of those whose valid entries and A_i are all finite: a bit for each. For others nothing is
+  // done. Comparisons are what takes the time above: here a maximum, a bitwise and or a minimum of integers does their
+  // work.
   template <bool kNormal, int kMany>
   uint64_t observe_plain(int i, int count, const C* centre, Moments* m) {
     struct Sums {
@@ -251,7 +252,7 @@ class Observer {
   const C floor;      // Noon: max(A, 0); otherwise -inf
   const M propagate;  // all ones if non-finite entries take part
   C scale[kMaxObjectives];
-  bool lower_gates;  // whether an A_i may be negative, -0 or NaN
+  bool lower_gates;  // whether an A_i may be negative or NaN
   Tile<C> tile;
   Lanes<C> lanes;
   Normalizer<C> normalizer;

@@ -39,14 +39,8 @@ inline T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// a b + c, rounded once where there is an instruction for it.
-template <class V>
-inline V multiply_add(V a, V b, V c) {
-  return a * b + c;
-}
-
-// What a loop needs of a mask: where it is set x, or the larger of x and 0, else 0; the smaller or larger of x and y, else
-// y. positive() compares integers, of which a core makes twice as many in a cycle as of floats: NaN may pass.
+// What a loop needs of a mask: where it is set x, or the larger of x and 0, else 0; the smaller or larger of x and y,
+// else y. positive() compares integers, of which a core makes twice as many in a cycle as of floats: NaN may pass.
 template <class V, class M>
 struct Where {
   M mask;
@@ -81,9 +75,6 @@ inline Doubles larger(Doubles a, Doubles b) { return _mm512_maskz_max_pd(-1, a, 
 inline Ints smaller(Ints a, Ints b) { return (Ints)_mm512_maskz_min_epi32(-1, (__m512i)a, (__m512i)b); }
 inline Longs smaller(Longs a, Longs b) { return (Longs)_mm512_maskz_min_epi64(-1, (__m512i)a, (__m512i)b); }
 
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
-inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return _mm512_fmadd_pd(a, b, c); }
-
 template <>
 struct Where<Floats, Ints> {
   __mmask16 mask;
@@ -112,14 +103,11 @@ inline Ints widened<Ints>(const uint8_t* from) {
   return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
 }
 
-inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-inline Doubles multiply_add(Doubles a, Doubles b, Doubles c) { return _mm256_fmadd_pd(a, b, c); }
 inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Doubles smaller(Doubles a, Doubles b) { return _mm256_min_pd(a, b); }
 inline Doubles larger(Doubles a, Doubles b) { return _mm256_max_pd(a, b); }
 inline Ints smaller(Ints a, Ints b) { return (Ints)_mm256_min_epi32((__m256i)a, (__m256i)b); }
-inline Ints larger(Ints a, Ints b) { return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 
 #endif
 

@@ -42,7 +42,7 @@ struct Tile {
   alignas(64) I valid[kTileTokens];
   int valid_count;
   alignas(64) I not_above[kTileTokens];  // log_ratio <= log(1 + clip_high)
-  alignas(64) I not_below[kTileTokens];  // log_ratio >= log(1 - clip_low)
+  alignas(64) I not_below[kTileTokens];  // log_ratio >= log(1 - clip_low); only if lower gates are loaded
   alignas(64) C out[kTileTokens + 16];
   alignas(64) C normal[kTileTokens];  // one objective, normalised
   // What to prefetch while objective i is worked on: its share of the next tile; beside the first, the gates and the
@@ -133,7 +133,8 @@ inline auto every(const typename Simd<C>::V* rows, std::integer_sequence<int, kP
   if constexpr (kStep == 2) {
     return __builtin_shufflevector(rows[0], rows[1], (kPlaces * 2 + kFirst)...);
   } else {
-    // What is wanted stands at another place in each of the vectors: all is chosen first, in place, and then put in order.
+    // What is wanted stands at another place in each of the vectors: all is chosen first, in place, and then put in
+    // order.
     auto found = rows[0];
     auto choose = [&]<int kRow>() {
       found = __builtin_shufflevector(found, rows[kRow],
@@ -153,7 +154,7 @@ constexpr int smallest_factor(int n) {
 }
 
 // Of N vectors in which N objectives take turns, one vector to each objective: f(objective, vector). One prime factor
-// of N after the other, as that needs fewer shuffles: 5 a vector instead of 9 at N = 10, 4 instead of 15 at N = 16.
+// of N after the other, as that needs fewer instructions: 6 a vector at N = 10, 4 at N = 16.
 template <int N, class C, class F>
 inline __attribute__((always_inline)) void part(const typename Simd<C>::V* rows, F f) {
   if constexpr (N == 1) {
@@ -173,33 +174,37 @@ inline __attribute__((always_inline)) void part(const typename Simd<C>::V* rows,
   }
 }
 
-template <class V, class S>
-inline V load_vector(const S* src) {
-  using C = typename Storage<S>::Compute;
-  constexpr int lanes = sizeof(V) / sizeof(C);
-  V x;
+template <class C, class S>
+inline auto load_vector(const S* src) {
+  typename Simd<C>::V x;
   if constexpr (std::is_same_v<S, C>) {
     memcpy(&x, src, sizeof x);
   } else {
-    alignas(V) C flat[lanes];
-    load_run<1>(src, 1, lanes, flat);
+    alignas(typename Simd<C>::V) C flat[Simd<C>::lanes];
+    load_run<1>(src, 1, Simd<C>::lanes, flat);
     memcpy(&x, flat, sizeof x);
   }
   return x;
 }
 
-// Objectives last and adjacent: N of them, in one walk over memory in which a token takes `step` elements. That is N,
-// except where the N are whole vectors.
+// Objectives last and adjacent: N of them, in one walk over memory in which a token takes `step` elements: N, or more
+// if the N are whole vectors.
 template <int N, class S, class C>
 void deinterleave(const S* __restrict src, int64_t step, int m, C* __restrict dst, int stride) {
   using V = typename Simd<C>::V;
-  constexpr int lanes = Simd<C>::lanes, whole = N % lanes == 0 ? N / lanes : 0;  // vectors a token
+  constexpr int lanes = Simd<C>::lanes;
   int k = 0;
   for (; k + lanes <= m; k += lanes) {
     V rows[N];
 #pragma GCC unroll 16
-    for (int r = 0; r < N; ++r)
-      rows[r] = load_vector<V>(whole ? src + (k + r / larger(whole, 1)) * step + r % larger(whole, 1) * lanes : src + k * N + r * lanes);
+    for (int r = 0; r < N; ++r) {
+      if constexpr (N % lanes == 0) {
+        constexpr int vectors = N / lanes;  // a token
+        rows[r] = load_vector<C>(src + (k + r / vectors) * step + r % vectors * lanes);
+      } else {
+        rows[r] = load_vector<C>(src + k * N + r * lanes);
+      }
+    }
     part<N, C>(rows, [&](int i, V x) { memcpy(dst + i * stride + k, &x, sizeof x); });
   }
   for (; k < m; ++k)
