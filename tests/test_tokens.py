@@ -94,8 +94,9 @@ def test_a_token_is_combined_to_what_is_nearest_to_0(instructions, n, solver):
 @pytest.mark.parametrize("n", COUNTS)
 def test_fixed_weights_are_the_same_at_every_level(instructions, n, noon):
     for length in LENGTHS:
-        x, mask, _ = tokens(n, length)
-        options = {"mask": mask, "solver": "fixed", "noon": noon, "reward_weights": torch.linspace(-1.0, 2.0, n)}
+        x, mask, log_ratio = tokens(n, length)
+        weights = torch.linspace(-1.0, 2.0, n)
+        options = {"mask": mask, "log_ratio": log_ratio, "solver": "fixed", "noon": noon, "reward_weights": weights}
         token, batch = combine(x, level="token", **options), combine(x, level="batch", **options)
         assert_same_bits(token.advantages + 0.0, batch.advantages + 0.0)
 
