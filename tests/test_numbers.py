@@ -222,3 +222,30 @@ def test_a_mean_that_overflows_is_infinite(sign):
     stats = combine(values).stats
     assert not any(field.isnan().any() for field in stats)
     assert (stats.mean.isinf() == reference.combine(values).stats.mean.isinf()).all()
+
+
+@pytest.mark.parametrize("level", ["batch", "token"])
+@pytest.mark.parametrize("first", [1, 20, 64, 128, 129, 500])
+@pytest.mark.parametrize("mask", [1.0, 0.7, 0.1])
+def test_first_entries_that_lie_far_from_the_rest(instructions, first, mask, level):
+    """The centre around which moments are taken comes from a few of the entries."""
+    g = torch.Generator().manual_seed(first)
+    x = torch.randn(1000, 3, generator=g)
+    x[:first] += 1e4
+    valid = torch.rand(1000, generator=g) < mask
+    stats = combine(x, mask=valid, level=level).stats
+    exact = reference.combine(x.double(), mask=valid, level=level).stats
+    theirs = reference.combine(x, mask=valid, level=level).stats
+    for field in ("mean", "std", "active_mean"):
+        magnitude = exact.max.abs() if field == "mean" else None
+        assert_close(
+            getattr(stats, field), getattr(exact, field), getattr(theirs, field), magnitude=magnitude, what=field
+        )
+
+
+def test_first_entries_so_large_that_the_rest_is_out_of_reach(instructions):
+    x = torch.zeros(1000, 2)
+    x[:128], x[500] = 1e36, -3.4e38
+    stats, exact = combine(x).stats, reference.combine(x.double()).stats
+    for field in ("mean", "min", "max"):
+        assert_close(getattr(stats, field), getattr(exact, field), magnitude=exact.min.abs(), what=field)

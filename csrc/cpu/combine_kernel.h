@@ -34,15 +34,19 @@ class Kernel : Combiner<C> {
       : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {}
 
   // Statistics of the tokens [first, last), merged into moments[n], and into the Gram matrix if there is one; and their
-  // combination, if it can be guessed. Looked at after 1, 2, 4, ... tiles, the guess costs little.
+  // combination, if it can be guessed. The guess is looked at after 1, 4, 16, ... tiles: to change it late is to repair
+  // all that came before.
   template <class S>
   void scan(int64_t first, int64_t last, Moments* moments, double* gram, const Moments* others, Guess* guess) {
-    int64_t done = 0;
+    int64_t done = 0, look_after = 1;
     tiles(first, last, [&](int64_t t, int count) {
       load<S>(t, count);
       scan_tile(t, count, moments, gram);
       if (!guess) return;
-      if (++done; (done & (done - 1)) == 0 && guess->look(p, others, moments, t)) want(guess->weights);
+      if (++done == look_after) {
+        look_after *= 4;
+        if (guess->look(p, others, moments, t)) want(guess->weights);
+      }
       if (guess->from != Guess::kNone) this->template combine_tile<S>(t, count, moments);
     });
   }
