@@ -121,17 +121,27 @@ def test_out_is_written_completely(door, device, dtype, level, out, shape):
     assert target._version > version
 
 
-@pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nothing_beside_out_is_written(instructions, dtype, level):
-    """On CPU whole vectors are written straight to where they belong, aligned or not; they must not reach beyond."""
+def assert_nothing_beside_out_is_written(device, dtype, level):
     for length in (1, 15, 16, 17, TILE - 8, TILE, TILE + 1, TILE + 32):
-        x = make((length, 1, 3), dtype, draw=normal).values
+        x = make((length, 1, 3), dtype, draw=normal).to(device).values
         for before in (0, 1, 16):
-            memory = torch.full((before + length + 64,), torch.nan, dtype=dtype)
+            memory = torch.full((before + length + 64,), torch.nan, dtype=dtype, device=device)
             out = memory[before : before + length].view(length, 1)
             assert_same_bits(combine(x, level=level, out=out).advantages, combine(x, level=level).advantages)
             assert memory[:before].isnan().all() and memory[before + length :].isnan().all()
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_beside_out_is_written(device, dtype, level):
+    assert_nothing_beside_out_is_written(device, dtype, level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_nothing_beside_out_is_written_by_any_instruction_set(instructions, level):
+    """Whole vectors of float32 or float64 are written straight to where they belong, aligned or not."""
+    for dtype in (torch.float32, torch.float64):
+        assert_nothing_beside_out_is_written(torch.device("cpu"), dtype, level)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0, 2)])

@@ -232,26 +232,18 @@ class Observer {
     merge(m, here);
   }
 
-  // Of every eighth vector of entries; or of all where few of these are valid, or so large that others may lie out of
-  // reach. As outliers, s of n entries lie at most sqrt(n / s) deviations away, which is near enough.
   double mean(const C* x, int count) {
-    constexpr double kHuge = std::numeric_limits<C>::max() * 0x1p-25;
-    double mean = 0.0;
-    for (int step = 8; step > 0; step -= 7) {
-      V total{};
-      M counted{};
-      for (int k = 0; k < count; k += step * kLanes) {
-        const V entry = vec(x + k);
-        const M usable = vec(tile.valid + k) & finite(entry);
-        counted -= usable;
-        total += usable ? entry : V{};
-      }
-      lanes.spill(counted, total);
-      const int64_t n = lanes.count(0);
-      mean = lanes.sum(1) / static_cast<double>(larger<int64_t>(n, 1));
-      if (16 * n >= count && mean < kHuge && mean > -kHuge) break;
+    V total{};
+    M counted{};
+    for (int k = 0; k < count; k += kLanes) {
+      const V entry = vec(x + k);
+      const M usable = vec(tile.valid + k) & finite(entry);
+      counted -= usable;
+      total += usable ? entry : V{};
     }
-    return mean;
+    lanes.spill(counted, total);
+    const int64_t n = lanes.count(0);
+    return n > 0 ? lanes.sum(1) / static_cast<double>(n) : 0.0;
   }
 
  protected:

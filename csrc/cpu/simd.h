@@ -2,8 +2,8 @@
 //
 // They are those of GCC and Clang, whose operators do nearly everything. The instructions named below are the ones GCC
 // does not find: it spells a minimum of vectors as a comparison and a selection. On AVX-512 a comparison makes a mask
-// register, and a core (Zen 5) makes one of these while it adds or ands four vectors; so hot loops compare little, and
-// keep their masks in memory as vectors of -1 and 0.
+// register, which costs a core (Zen 5) more than the operations on integers or bits that can do the same; so hot loops
+// compare little, and keep their masks in memory as vectors of -1 and 0.
 #pragma once
 
 #include <cstdint>
