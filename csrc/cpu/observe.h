@@ -41,10 +41,11 @@ class Observer {
     lower_gates = !p.noon || p.propagate || normalizer.active();
     for (int i = 0; i < p.n; ++i) {
       scale[i] = static_cast<C>(p.scale(i));
-      lower_gates |= !(scale[i] > 0 && scale[i] < kInf);
+      lower_gates |= !keeps_sign(i);
     }
   }
 
+  bool keeps_sign(int i) const { return scale[i] > 0 && scale[i] < kInf; }
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
 
   // Statistics of all objectives over the tile, merged into m[n]. Returns those of which all is plain, a bit for each:
@@ -95,7 +96,7 @@ class Observer {
       const Moments& before = m[i + j];
       const bool known = 4 * before.count >= count && before.max < kFar && before.min > -kFar;
       centre[j] = centre_of(known ? before.mean : mean(tile.x + (i + j) * stride, count));
-      fits &= scale[i + j] > 0 && scale[i + j] < kInf;
+      fits &= keeps_sign(i + j);
     }
     const uint64_t plain = fits ? observe_plain<kNormal, kMany>(i, count, centre, m) : 0;
     for (int j = 0; j < kMany; ++j) {
