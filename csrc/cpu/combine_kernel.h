@@ -5,33 +5,33 @@
 // order wherever it stands, so duplicated objectives tie exactly and permuting objectives permutes bits.
 #include <cmath>
 
-#include "combiner.h"
 #include "isa.h"
+#include "stream.h"
 
 namespace pama {
 namespace PAMA_ISA {
 
 template <class C>
-class Kernel : Combiner<C> {
-  using typename Combiner<C>::V;
-  using typename Combiner<C>::M;
-  using Combiner<C>::gated_at;
-  using Combiner<C>::keep;
-  using Combiner<C>::kLanes;
-  using Combiner<C>::lanes;
-  using Combiner<C>::lower_gates;
-  using Combiner<C>::many;
-  using Combiner<C>::normalizer;
-  using Combiner<C>::p;
-  using Combiner<C>::stride;
-  using Combiner<C>::tile;
-  using Combiner<C>::vec;
-  using Combiner<C>::want;
-  using Combiner<C>::wanted;
+class Kernel : Streamer<C> {
+  using typename Streamer<C>::V;
+  using typename Streamer<C>::M;
+  using Streamer<C>::adjacent;
+  using Streamer<C>::gated_at;
+  using Streamer<C>::keep;
+  using Streamer<C>::kLanes;
+  using Streamer<C>::lanes;
+  using Streamer<C>::lower_gates;
+  using Streamer<C>::many;
+  using Streamer<C>::normalizer;
+  using Streamer<C>::p;
+  using Streamer<C>::stride;
+  using Streamer<C>::tile;
+  using Streamer<C>::vec;
+  using Streamer<C>::want;
+  using Streamer<C>::wanted;
 
  public:
-  explicit Kernel(const CombineParams& params)
-      : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {}
+  explicit Kernel(const CombineParams& params) : Streamer<C>(params) {}
 
   // Statistics of the tokens [first, last), merged into moments[n], and into the Gram matrix if there is one; and their
   // combination, if it can be guessed. The guess is looked at after 1, 4, 16, ... tiles: to change it late is to repair
@@ -40,14 +40,23 @@ class Kernel : Combiner<C> {
   void scan(int64_t first, int64_t last, Moments* moments, double* gram, const Moments* others, Guess* guess) {
     int64_t done = 0, look_after = 1;
     tiles(first, last, [&](int64_t t, int count) {
-      load<S>(t, count);
-      scan_tile(t, count, moments, gram);
+      bool combined = guess && guess->from != Guess::kNone;
+      const bool streamed = !gram && this->template stream<S>(t, count, moments, combined, nullptr);
+      if (!streamed) {
+        load<S>(t, count);
+        scan_tile(t, count, moments, gram);
+        combined = false;
+      }
       if (!guess) return;
       if (++done == look_after) {
         look_after *= 4;
-        if (guess->look(p, others, moments, t)) want(guess->weights);
+        if (guess->look(p, others, moments, t)) {
+          want(guess->weights);
+          if (streamed) load<S>(t, count);
+          combined = false;
+        }
       }
-      if (guess->from != Guess::kNone) this->template combine_tile<S>(t, count, moments);
+      if (guess->from != Guess::kNone && !combined) this->template combine_tile<S>(t, count, moments);
     });
   }
 
@@ -131,6 +140,7 @@ class Kernel : Combiner<C> {
   template <class S>
   void tokens(int64_t first, int64_t last, Moments* moments, TokenShares& shares) {
     tiles(first, last, [&](int64_t t, int count) {
+      if (solves_plainly() && this->template stream<S>(t, count, moments, true, &shares)) return;
       load<S>(t, count);
       tokens_tile<S>(t, count, moments, shares);
     });
@@ -145,11 +155,17 @@ class Kernel : Combiner<C> {
   }
 
  private:
-  // f(t, count) for each tile of the tokens [first, last).
+  // f(t, count) for each tile of the tokens [first, last). If there are several, the first is a short one: large enough
+  // to know the centre of the next.
   template <class F>
   void tiles(int64_t first, int64_t last, F f) const {
-    for (int64_t t = first; t < last; t += stride) f(t, static_cast<int>(smaller<int64_t>(stride, last - t)));
+    int64_t size = last - first > stride ? (stride / 2 + 15) / 16 * 16 : stride;
+    for (int64_t t = first; t < last; t += size, size = stride)
+      f(t, static_cast<int>(smaller<int64_t>(size, last - t)));
   }
+
+  // Level token: whether tokens of which all is plain need no more than their smallest A_i.
+  bool solves_plainly() const { return p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token; }
 
   void scan_tile(int64_t t, int count, Moments* moments, double* gram) {
     if (!gram) {
@@ -164,7 +180,7 @@ class Kernel : Combiner<C> {
   void tokens_tile(int64_t t, int count, Moments* moments, TokenShares& shares) {
     const uint64_t plain = this->template observe<Keep::kUnlessPlain>(t, count, moments);
     C* const out = this->template destination<S>(t, count);
-    if (p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token && plain == ~uint64_t{0} >> (64 - p.n)) {
+    if (solves_plainly() && plain == ~uint64_t{0} >> (64 - p.n)) {
       this->solve_plain_tokens(count, shares, out);
     } else {
       for (int i = 0; i < p.n; ++i)
@@ -191,14 +207,15 @@ class Kernel : Combiner<C> {
   void look_ahead(int64_t t, int count) {
     const int64_t row = p.rows == 1 ? 0 : t / p.cols, col = t - row * p.cols;
     auto follow = [&](const Plane& q, int size, int64_t tokens) {
-      return Ahead{q.data + (q.row * row + q.col * col + tokens) * size, kLanes * size};
+      return q.data + (q.row * row + q.col * col + tokens) * size;
     };
     for (int i = 0; i < p.n; ++i) {
       const Plane& q = p.advantages[adjacent ? 0 : i];
       tile.ahead[i] = follow(q, sizeof(S), adjacent ? static_cast<int64_t>(count) * (p.n + i) : count * q.col);
     }
+    tile.ahead_step = kLanes * sizeof(S);
     tile.beside[0] = tile.beside[1] = tile.ahead[0];
-    if (p.mask.data) tile.beside[p.n > 1] = follow(p.mask, size_of(p.mask_dtype), count * p.mask.col);
+    if (p.mask.data) tile.beside[1] = follow(p.mask, size_of(p.mask_dtype), count * p.mask.col);
     if (p.log_ratio.data) tile.beside[0] = follow(p.log_ratio, size_of(p.log_ratio_dtype), count * p.log_ratio.col);
   }
 
@@ -264,8 +281,6 @@ class Kernel : Combiner<C> {
         if (i + r <= j + c) gram[(i + r) * p.n + j + c] += lanes.sum();
       }
   }
-
-  const bool adjacent;
 };
 
 namespace {

@@ -23,6 +23,7 @@ class Combiner : protected Observer<C> {
   using Observer<C>::normalizer;
   using Observer<C>::only;
   using Observer<C>::p;
+  using Observer<C>::positive;
   using Observer<C>::propagate;
   using Observer<C>::scale;
   using Observer<C>::stride;
@@ -171,6 +172,21 @@ class Combiner : protected Observer<C> {
     shares.used += lanes.count(0);
   }
 
+  // Idle tokens share evenly.
+  void add_plain_shares(int n, const V* share_sum, V value_sum, int64_t idle, int64_t used, TokenShares& shares) {
+    lanes.spill(value_sum);
+    shares.value += lanes.sum();
+    shares.used += used;
+    const double idle_share = static_cast<double>(idle) / n;
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+      lanes.spill(share_sum[i]);
+      shares.weights[i] += lanes.sum() + idle_share;
+    }
+  }
+
+  C weight[kMaxObjectives];  // of each of the objectives wanted
+
  private:
   // s* is the smallest A_i of an active token, and what its objectives are combined to, whoever shares it; at an idle
   // one all a_i are 0 and tie. kN: how many objectives, known to the compiler; 0: any number.
@@ -185,40 +201,30 @@ class Combiner : protected Observer<C> {
     const V even = all(C{1} / static_cast<C>(n));
     const int64_t step = kN ? Tile<C>::stride_for(kMost) : stride;
     for (int k = 0; k < count; k += kLanes) {
-      const M valid = vec(tile.valid + k), active = vec(tile.not_above + k), idle = valid & ~active;
-      const Where<V, M> where(valid), where_idle(idle);
+      const Where<V, M> active(vec(tile.not_above + k)), idle = Where<V, M>(vec(tile.valid + k)).without(active);
       V a[kMost], low = all(kInf), combined{};
       M at_low{};
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) {
-        a[i] = where.positive(vec(tile.x + i * step + k)) * factor[i];
-        low = (V)smaller((M)a[i], (M)low);         // of numbers that are not negative, as integers
-        combined += where_idle.only(a[i] * even);  // chosen after it is rounded, as in solve_tokens: no FMA
+        a[i] = positive(vec(tile.x + i * step + k)) * factor[i];
+        low = (V)smaller((M)a[i], (M)low);  // of numbers that are not negative, as integers
+        combined = idle.add(combined, a[i] * even);  // chosen after it is rounded, as in solve_tokens: no FMA
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) at_low -= a[i] == low;
-      const V share = only(valid & active, 1 / __builtin_convertvector(at_low, V));
+      for (int i = 0; i < n; ++i) at_low = active.equal(a[i], low).add(at_low, M{} + 1);
+      const V share = kN ? inverse(at_low) : 1 / __builtin_convertvector(at_low, V);
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) share_sum[i] += a[i] == low ? share : V{};
+      for (int i = 0; i < n; ++i) share_sum[i] = active.equal(a[i], low).add(share_sum[i], share);
       for (int i = 0; i < n && in_place; ++i) {
-        const V contribution = (a[i] == low ? share : V{}) * a[i];
-        vec(tile.x + i * step + k) = idle ? a[i] * even : contribution;
+        vec(tile.x + i * step + k) = idle.only(a[i] * even) + active.equal(a[i], low).only(share * a[i]);
       }
-      low = only(active, low);
-      combined += low;
-      at(out, k) = mark ? marked(combined, valid) : combined;
-      value_sum += low;
-      idle_count -= idle;
+      combined = active.add(combined, low);
+      at(out, k) = mark ? marked(combined, vec(tile.valid + k)) : combined;
+      value_sum = active.add(value_sum, low);
+      idle_count = idle.add(idle_count, M{} + 1);
     }
-    lanes.spill(idle_count, value_sum);
-    const double idle_share = static_cast<double>(lanes.count(0)) / n;
-    shares.value += lanes.sum(1);
-    shares.used += tile.valid_count;
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-      lanes.spill(share_sum[i]);
-      shares.weights[i] += lanes.sum() + idle_share;
-    }
+    lanes.spill(idle_count);
+    add_plain_shares(n, share_sum, value_sum, lanes.count(0), tile.valid_count, shares);
   }
 
   // c_i A_i of the j-th of the objectives wanted, added to those before it. kKeep: kept in `x`. kPlain: all are finite.
@@ -257,8 +263,6 @@ class Combiner : protected Observer<C> {
     for (int l = 0; l < m; ++l)
       weights[p.row_at(token + l) * p.n] = fixed || used[l] ? c[l] : static_cast<C>(1.0 / p.n);
   }
-
-  C weight[kMaxObjectives];  // of each of the objectives wanted
 };
 
 }  // namespace PAMA_ISA

@@ -30,7 +30,8 @@ class Observer {
   static V all(C x) { return V{} + x; }
   static M finite(V x) { return (x - x) == V{}; }
   static V only(M mask, V x) { return (V)((M)x & mask); }    // x where the mask is set, else 0
-  static M not_zero(V x) { return smaller((M)x, M{} + 1); }  // 1 where x is, of those that are not negative
+  // The larger of x and 0, as integers, of which a core makes twice as many in a cycle as of floats: NaN may pass.
+  static V positive(V x) { return (V)larger((M)x, M{}); }
 
   explicit Observer(const CombineParams& params)
       : p(params),
@@ -76,9 +77,62 @@ class Observer {
   void keep(int i, const C* processed, int count) {
     for (int k = 0; k < count; k += kLanes) {
       const Where<V, M> valid(vec(tile.valid + k));
-      vec(tile.x + i * stride + k) = larger(valid.only(vec(processed + k)), V{}) * scale[i];
+      vec(tile.x + i * stride + k) = valid.only(positive(vec(processed + k))) * scale[i];
       vec(tile.taken + i * stride + k) = vec(tile.valid + k);
     }
+  }
+
+  // Whether the mean of what came before is a centre. Entries that are nearly too large may lie too far from it.
+  static bool known(const Moments& before, int count) {
+    constexpr double kFar = std::numeric_limits<C>::max() / 4;
+    return 4 * before.count >= count && before.max < kFar && before.min > -kFar;
+  }
+  static C centre_of(double mean) {
+    const C centre = static_cast<C>(mean);
+    return centre - centre == 0 ? centre : C{0};  // the sum of huge entries has overflowed
+  }
+
+  // What is added up of an objective of which all is plain. Comparisons are what takes the time in
+  // observe_carefully(): here a maximum or a test of integers does their work.
+  struct Sums {
+    V deviation, squares, active, low, high;
+    M counts;
+
+    void clear() {
+      deviation = squares = active = V{};
+      low = all(kInf), high = all(-kInf);
+      counts = M{};
+    }
+    // Returns the positive part of what is processed.
+    V add(Where<V, M> valid, Where<V, M> open, M both, V entry, V processed, V around, V factor) {
+      const V d = valid.only(entry - around), part = positive(processed);
+      deviation += d;
+      squares += d * d;
+      low = valid.lower(entry, low);
+      high = valid.higher(entry, high);
+      active = open.add_product(active, part, factor);
+      counts = valid.nonzero((M)part).add(counts, both);
+      return part;
+    }
+  };
+  // Counted at once: 1 for an A_i that is not 0, and kOpen more if its gate is open.
+  static constexpr I kOpen = 1 << 16;
+  static_assert(kTileTokens < kOpen);
+  static M counted(Where<V, M> open) { return open.add(M{} + 1, M{} + kOpen); }
+
+  // Returns whether all has been plain; if not, `here` has no meaning.
+  inline __attribute__((always_inline)) bool conclude_plain(int i, const Sums& sums, C centre, int valid_count,
+                                                            bool normal, Moments& here) {
+    lanes.spill(sums.deviation, sums.squares, sums.low, sums.high, sums.active, sums.counts);
+    const double drift = lanes.sum(0);
+    const C largest = static_cast<C>(lanes.template extreme<Larger>(3)) * scale[i];  // of A_i, if that is x
+    const int64_t counts = lanes.count(5);
+    here = Moments::empty();
+    here.count = valid_count;
+    here.positive = here.nonzero = counts % kOpen;
+    here.clipped = here.nonzero - counts / kOpen;
+    conclude(here, centre);
+    return drift - drift == 0 && (normal || largest < kInf);
   }
 
  private:
@@ -88,14 +142,10 @@ class Observer {
   // Of kMany objectives from i on. kNormal: what goes on from here is tile.normal; else it is `x` itself.
   template <Keep kKeep, bool kNormal, int kMany>
   uint64_t observe(int i, int count, Moments* m) {
-    // Entries that are nearly too large may lie too far from those before.
-    constexpr double kFar = std::numeric_limits<C>::max() / 4;
     C centre[kMany];
     bool fits = p.noon;
     for (int j = 0; j < kMany; ++j) {
-      const Moments& before = m[i + j];
-      const bool known = 4 * before.count >= count && before.max < kFar && before.min > -kFar;
-      centre[j] = centre_of(known ? before.mean : mean(tile.x + (i + j) * stride, count));
+      centre[j] = centre_of(known(m[i + j], count) ? m[i + j].mean : mean(tile.x + (i + j) * stride, count));
       fits &= keeps_sign(i + j);
     }
     const uint64_t plain = fits ? observe_plain<kNormal, kMany>(i, count, centre, m) : 0;
@@ -134,7 +184,7 @@ class Observer {
       const V positive_part = noon(take ? processed : V{}, all(floor)) + V{};  // no -0
       const V advantage = only(take, positive_part * scale[i]);
       const V gated = gated_at(advantage, k);
-      active += gated;
+      active = Where<V, M>(gated != V{}).add_product(active, positive_part, all(scale[i]));
       const M is_nonzero = positive_part != V{};
       nonzero -= is_nonzero;
       clipped -= is_nonzero & (gated == V{});
@@ -150,87 +200,61 @@ class Observer {
     here.positive = lanes.count(7);
     here.nonzero = lanes.count(8);
     here.clipped = lanes.count(9);
-    conclude(here, centre, m);
+    conclude(here, centre);
+    merge(m, here);
   }
 
   // The same under Noon, of those whose valid entries and A_i are all finite: a bit for each. For others nothing is
-  // done. Comparisons are what takes the time above: here a maximum, a bitwise and or a minimum of integers does their
-  // work.
+  // done.
   template <bool kNormal, int kMany>
   uint64_t observe_plain(int i, int count, const C* centre, Moments* m) {
-    struct Sums {
-      V deviation{}, squares{}, active{}, undefined{}, low = all(kInf), high = all(-kInf);
-      M nonzero{}, open{};
-    };
     Sums sums[kMany];
     V around[kMany], factor[kMany];
-    Ahead ahead[kMany], beside[kMany];
+#pragma GCC unroll 2
     for (int j = 0; j < kMany; ++j) {
+      sums[j].clear();
       around[j] = all(centre[j]);
       factor[j] = all(scale[i + j]);
-      ahead[j] = tile.ahead[i + j];
-      beside[j] = i + j < 2 ? tile.beside[i + j] : ahead[j];
     }
     const C* const x = tile.x + i * stride;
-    const int64_t step = stride;
-    for (int k = 0; k < count; k += kLanes) {
-      const Where<V, M> valid(vec(tile.valid + k));
-      const M not_above = vec(tile.not_above + k);
+    const int64_t step = stride, ahead_step = tile.ahead_step;
+    const char *const here = tile.ahead[i], *const next = tile.ahead[i + kMany - 1];
+    const char *const gates = tile.beside[0], *const mask = tile.beside[1];
+    int64_t ahead = 0;
+    for (int k = 0; k < count; k += kLanes, ahead += ahead_step) {
+      if (i == 0) {
+        __builtin_prefetch(gates + ahead);
+        __builtin_prefetch(mask + ahead);
+      }
+      const Where<V, M> valid(vec(tile.valid + k)), open(vec(tile.not_above + k));
+      const M both = counted(open);
 #pragma GCC unroll 2
       for (int j = 0; j < kMany; ++j) {
-        __builtin_prefetch(ahead[j].at);
-        __builtin_prefetch(beside[j].at);
-        ahead[j].at += ahead[j].step;
-        beside[j].at += beside[j].step;
-        Sums& s = sums[j];
-        const V entry = vec(x + j * step + k), d = valid.only(entry - around[j]);
-        s.deviation += d;
-        s.squares += d * d;
-        s.low = valid.lower(entry, s.low);
-        s.high = valid.higher(entry, s.high);
-        const V processed = kNormal ? vec(tile.normal + k) : entry, positive = valid.positive(processed),
-                advantage = positive * factor[j];
-        if (kNormal) s.undefined += (valid.only(processed) + advantage) * 0;
-        const V gated = only(not_above, advantage);
-        s.active += gated;
-        s.nonzero += not_zero(positive);
-        s.open += not_zero(gated);
+        __builtin_prefetch((j ? next : here) + ahead);
+        const V entry = vec(x + j * step + k), processed = kNormal ? vec(tile.normal + k) : entry;
+        const V part = sums[j].add(valid, open, both, entry, processed, around[j], factor[j]);
+        if (kNormal) sums[j].deviation += valid.only((processed + part * factor[j]) * 0);  // NaN if one is not finite
       }
     }
     uint64_t plain = 0;
 #pragma GCC unroll 2
     for (int j = 0; j < kMany; ++j) {
-      const Sums& s = sums[j];
-      static_assert(kTileTokens < 1 << 16);
-      lanes.spill(s.deviation, s.squares, s.low, s.high, s.active, s.nonzero | s.open << 16, s.undefined);
-      const double wrong = lanes.sum(0) + (kNormal ? lanes.sum(6) : 0.0);
-      const C largest = static_cast<C>(lanes.template extreme<Larger>(3)) * scale[i + j];  // of A_i, if that is x
-      if (!(wrong - wrong == 0) || (!kNormal && largest == kInf)) continue;
-      const int64_t counts = lanes.count(5);
-      Moments here = Moments::empty();
-      here.count = tile.valid_count;
-      here.positive = here.nonzero = counts & 0xffff;
-      here.clipped = here.nonzero - (counts >> 16);
-      conclude(here, centre[j], m[i + j]);
+      Moments moments;
+      if (!conclude_plain(i + j, sums[j], centre[j], tile.valid_count, kNormal, moments)) continue;
+      merge(m[i + j], moments);
       plain |= uint64_t{1} << j;
     }
     return plain;
   }
 
-  static C centre_of(double mean) {
-    const C centre = static_cast<C>(mean);
-    return centre - centre == 0 ? centre : C{0};  // the sum of huge entries has overflowed
-  }
-
   // From what has been spilled first: deviation, squares, low, high, active.
-  void conclude(Moments& here, C centre, Moments& m) {
+  void conclude(Moments& here, C centre) {
     settle(here, static_cast<double>(centre), lanes.sum(0), lanes.sum(1));
     if (here.count > 0) {
       here.min = lanes.template extreme<Smaller>(2);
       here.max = lanes.template extreme<Larger>(3);
     }
     here.active = lanes.sum(4);
-    merge(m, here);
   }
 
   double mean(const C* x, int count) {

@@ -39,17 +39,23 @@ inline T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// What a loop needs of a mask: where it is set x, or the larger of x and 0, else 0; the smaller or larger of x and y,
-// else y. positive() compares integers, of which a core makes twice as many in a cycle as of floats: NaN may pass.
+// What a loop needs of a mask: where it is set x, else 0 (only) or y (either); the smaller or larger of x and y, y + x,
+// or y + a b, else y; and the mask of what is set where a comparison holds, too.
 template <class V, class M>
 struct Where {
   M mask;
 
   explicit Where(M m) : mask(m) {}
   V only(V x) const { return (V)((M)x & mask); }
-  V positive(V x) const { return only((V)larger((M)x, M{})); }
-  V lower(V x, V y) const { return smaller(mask ? x : y, y); }
-  V higher(V x, V y) const { return larger(mask ? x : y, y); }
+  V either(V x, V y) const { return mask < M{} ? x : y; }
+  V lower(V x, V y) const { return smaller(mask < M{} ? x : y, y); }
+  V higher(V x, V y) const { return larger(mask < M{} ? x : y, y); }
+  V add(V y, V x) const { return y + only(x); }
+  M add(M y, M x) const { return y + (x & mask); }
+  V add_product(V y, V a, V b) const { return y + only(a * b); }
+  Where equal(V x, V y) const { return Where(mask & (x == y)); }
+  Where nonzero(M x) const { return Where(mask & (x != M{})); }
+  Where without(Where other) const { return Where(mask & ~other.mask); }
 };
 
 // Unsigned numbers, one to a lane.
@@ -60,7 +66,21 @@ inline M widened(const U* from) {
   return x;
 }
 
+// 1 / count, of counts from 1 to 16.
+template <class M>
+inline auto inverse(M count) {
+  using V = std::conditional_t<sizeof(count[0]) == 4, Floats, Doubles>;
+  return 1 / __builtin_convertvector(count, V);
+}
+
 #if PAMA_VECTOR_BYTES == 64
+
+// As a table, whose index has four bits.
+inline Floats inverse(Ints count) {
+  constexpr Floats table{1 / 16.f, 1,       1 / 2.f, 1 / 3.f,  1 / 4.f,  1 / 5.f,  1 / 6.f,  1 / 7.f,
+                         1 / 8.f,  1 / 9.f, 1 / 10.f, 1 / 11.f, 1 / 12.f, 1 / 13.f, 1 / 14.f, 1 / 15.f};
+  return _mm512_maskz_permutexvar_ps(-1, (__m512i)count, table);
+}
 
 template <>
 inline Ints widened<Ints>(const uint8_t* from) {
@@ -73,27 +93,55 @@ inline Floats larger(Floats a, Floats b) { return _mm512_maskz_max_ps(-1, a, b);
 inline Doubles smaller(Doubles a, Doubles b) { return _mm512_maskz_min_pd(-1, a, b); }
 inline Doubles larger(Doubles a, Doubles b) { return _mm512_maskz_max_pd(-1, a, b); }
 inline Ints smaller(Ints a, Ints b) { return (Ints)_mm512_maskz_min_epi32(-1, (__m512i)a, (__m512i)b); }
+inline Ints larger(Ints a, Ints b) { return (Ints)_mm512_maskz_max_epi32(-1, (__m512i)a, (__m512i)b); }
 inline Longs smaller(Longs a, Longs b) { return (Longs)_mm512_maskz_min_epi64(-1, (__m512i)a, (__m512i)b); }
+inline Longs larger(Longs a, Longs b) { return (Longs)_mm512_maskz_max_epi64(-1, (__m512i)a, (__m512i)b); }
 
 template <>
 struct Where<Floats, Ints> {
   __mmask16 mask;
 
+  explicit Where(__mmask16 m) : mask(m) {}
   explicit Where(Ints m) : mask(_mm512_test_epi32_mask((__m512i)m, (__m512i)m)) {}
   Floats only(Floats x) const { return _mm512_maskz_mov_ps(mask, x); }
-  Floats positive(Floats x) const { return (Floats)_mm512_maskz_max_epi32(mask, (__m512i)x, __m512i{}); }
+  Floats either(Floats x, Floats y) const { return _mm512_mask_blend_ps(mask, y, x); }
   Floats lower(Floats x, Floats y) const { return _mm512_mask_min_ps(y, mask, x, y); }
   Floats higher(Floats x, Floats y) const { return _mm512_mask_max_ps(y, mask, x, y); }
+  Floats add(Floats y, Floats x) const { return _mm512_mask_add_ps(y, mask, y, x); }
+  Ints add(Ints y, Ints x) const { return (Ints)_mm512_mask_add_epi32((__m512i)y, mask, (__m512i)y, (__m512i)x); }
+  Floats add_product(Floats y, Floats a, Floats b) const { return _mm512_mask3_fmadd_ps(a, b, y, mask); }
+  Where equal(Floats x, Floats y) const { return Where(_mm512_mask_cmp_ps_mask(mask, x, y, _CMP_EQ_OQ)); }
+  Where at_most(Floats x, Floats y) const { return Where(_mm512_mask_cmp_ps_mask(mask, x, y, _CMP_LE_OQ)); }
+  Where nonzero(Ints x) const { return Where(_mm512_mask_test_epi32_mask(mask, (__m512i)x, (__m512i)x)); }
+  static Where nonzero(const uint8_t* bytes) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+    return Where(static_cast<__mmask16>(_mm_test_epi8_mask(x, x)));
+  }
+  Where without(Where other) const { return Where(static_cast<__mmask16>(mask & ~other.mask)); }
+  int count() const { return __builtin_popcount(mask); }
 };
 template <>
 struct Where<Doubles, Longs> {
   __mmask8 mask;
 
+  explicit Where(__mmask8 m) : mask(m) {}
   explicit Where(Longs m) : mask(_mm512_test_epi64_mask((__m512i)m, (__m512i)m)) {}
   Doubles only(Doubles x) const { return _mm512_maskz_mov_pd(mask, x); }
-  Doubles positive(Doubles x) const { return (Doubles)_mm512_maskz_max_epi64(mask, (__m512i)x, __m512i{}); }
+  Doubles either(Doubles x, Doubles y) const { return _mm512_mask_blend_pd(mask, y, x); }
   Doubles lower(Doubles x, Doubles y) const { return _mm512_mask_min_pd(y, mask, x, y); }
   Doubles higher(Doubles x, Doubles y) const { return _mm512_mask_max_pd(y, mask, x, y); }
+  Doubles add(Doubles y, Doubles x) const { return _mm512_mask_add_pd(y, mask, y, x); }
+  Longs add(Longs y, Longs x) const { return (Longs)_mm512_mask_add_epi64((__m512i)y, mask, (__m512i)y, (__m512i)x); }
+  Doubles add_product(Doubles y, Doubles a, Doubles b) const { return _mm512_mask3_fmadd_pd(a, b, y, mask); }
+  Where equal(Doubles x, Doubles y) const { return Where(_mm512_mask_cmp_pd_mask(mask, x, y, _CMP_EQ_OQ)); }
+  Where at_most(Doubles x, Doubles y) const { return Where(_mm512_mask_cmp_pd_mask(mask, x, y, _CMP_LE_OQ)); }
+  Where nonzero(Longs x) const { return Where(_mm512_mask_test_epi64_mask(mask, (__m512i)x, (__m512i)x)); }
+  static Where nonzero(const uint8_t* bytes) {
+    const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+    return Where(static_cast<__mmask8>(_mm_test_epi8_mask(x, x)));
+  }
+  Where without(Where other) const { return Where(static_cast<__mmask8>(mask & ~other.mask)); }
+  int count() const { return __builtin_popcount(mask); }
 };
 
 #elif PAMA_VECTOR_BYTES == 32
@@ -108,6 +156,7 @@ inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Doubles smaller(Doubles a, Doubles b) { return _mm256_min_pd(a, b); }
 inline Doubles larger(Doubles a, Doubles b) { return _mm256_max_pd(a, b); }
 inline Ints smaller(Ints a, Ints b) { return (Ints)_mm256_min_epi32((__m256i)a, (__m256i)b); }
+inline Ints larger(Ints a, Ints b) { return (Ints)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 
 #endif
 

@@ -25,11 +25,6 @@ inline void fill(T* x, int first, int last, U value) {
 // do once for each tile and objective would count.
 constexpr int kTileBytes = 32 * 1024, kTileTokens = 1040, kShortestBytes = 2048;
 
-struct Ahead {
-  const char* at;
-  int step;  // bytes a vector
-};
-
 // Objective i, token t of the tile stands at [i * stride + t]. Entries beyond the tile's last token are not valid.
 template <class C>
 struct Tile {
@@ -41,13 +36,14 @@ struct Tile {
   alignas(64) I taken[kElements];
   alignas(64) I valid[kTileTokens];
   int valid_count;
-  alignas(64) I not_above[kTileTokens];  // log_ratio <= log(1 + clip_high)
+  alignas(64) I not_above[kTileTokens];  // log_ratio <= log(1 + clip_high), of valid tokens
   alignas(64) I not_below[kTileTokens];  // log_ratio >= log(1 - clip_low); only if lower gates are loaded
   alignas(64) C out[kTileTokens + 16];
   alignas(64) C normal[kTileTokens];  // one objective, normalised
-  // What to prefetch while objective i is worked on: its share of the next tile; beside the first, the gates and the
-  // mask.
-  Ahead ahead[kMaxObjectives], beside[2];
+  // What to prefetch while objective i is worked on, so many bytes for each vector: its share of the next tile; and
+  // while the first is, gates and mask.
+  const char *ahead[kMaxObjectives], *beside[2];
+  int64_t ahead_step;
 
   // An odd number of cache lines of floats, so that the objectives of a token do not compete for one place in the
   // cache.
@@ -295,8 +291,10 @@ void load_gates_as(const CombineParams& p, int64_t first, int count, bool lower,
     const S* __restrict src = at<const S>(p.log_ratio, row, col);
     auto* __restrict not_above = tile.not_above + done;
     auto* __restrict not_below = tile.not_below + done;
+    const auto* __restrict valid = tile.valid + done;
     const int64_t step = p.log_ratio.col;
-    for (int k = 0; k < m; ++k) not_above[k] = Storage<S>::load(src[step == 1 ? k : k * step]) <= high ? -1 : 0;
+    for (int k = 0; k < m; ++k)
+      not_above[k] = valid[k] & (Storage<S>::load(src[step == 1 ? k : k * step]) <= high ? -1 : 0);
     for (int k = 0; k < m && lower; ++k) not_below[k] = Storage<S>::load(src[k * step]) >= low ? -1 : 0;
   });
 }
@@ -304,11 +302,14 @@ void load_gates_as(const CombineParams& p, int64_t first, int count, bool lower,
 // The lower ones only where an advantage may need them.
 template <class C>
 void load_gates(const CombineParams& p, int64_t first, int count, bool lower, Tile<C>& tile) {
+  constexpr int lanes = Simd<C>::lanes;
+  const int padded = (count + lanes - 1) / lanes * lanes;
   if (!p.log_ratio.data) {
-    fill(tile.not_above, 0, count, -1);
+    memcpy(tile.not_above, tile.valid, padded * sizeof tile.valid[0]);
     if (lower) fill(tile.not_below, 0, count, -1);
     return;
   }
+  fill(tile.not_above, count, padded, 0);
   switch (p.log_ratio_dtype) {
     case DType::kFloat32: return load_gates_as<float>(p, first, count, lower, tile);
     case DType::kFloat64: return load_gates_as<double>(p, first, count, lower, tile);

@@ -1,0 +1,127 @@
+"""Few objectives side by side are observed and combined in one walk over memory; others by way of scratch.
+
+A list of tensors goes by way of scratch. The arithmetic is one, so the two agree to the bit.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import TILE
+from compare import assert_same_bits, assert_same_result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_plain_tiles import UNTIL_SHARED, generator
+
+from pama_ext import combine
+
+COUNTS = (2, 3, 4, 5)
+LEVELS = ("batch", "token")
+LENGTHS = (TILE, TILE + 16, 3 * TILE, 4 * TILE + 5)  # the first tile is half as long if there are several
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def tokens(n: int, length: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Advantages in which some tie, of which the last objective is the smallest, and mask and log_ratio."""
+    g = generator(n * length)
+    x = (torch.randn(length, n, generator=g) + 0.3) * torch.linspace(2, 1, n)
+    x = torch.where(torch.rand(length, n, generator=g) < 0.2, x[:, :1], x).to(dtype)
+    mask = torch.rand(length, generator=g) < 0.8
+    return x, {"mask": mask, "log_ratio": (0.4 * torch.randn(length, generator=g)).to(dtype)}
+
+
+def assert_the_way_does_not_show(x: torch.Tensor, **options) -> None:
+    assert_same_result(combine(x, **options), combine([column.clone() for column in x.unbind(-1)], **options))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", COUNTS)
+def test_side_by_side_or_not(n, dtype, level):
+    for length in LENGTHS:
+        x, given_tokens = tokens(n, length, dtype)
+        assert_the_way_does_not_show(x, level=level, **given_tokens)
+        assert_the_way_does_not_show(x, level=level, reward_weights=torch.linspace(0.3, 1.7, n), **given_tokens)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("log_ratio", [None, torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mask", [None, torch.bool, torch.int8, torch.int32, torch.float16], ids=str)
+def test_what_stands_beside_them(mask, log_ratio, level):
+    x, given_tokens = tokens(3, 4 * TILE)
+    options = {}
+    if mask is not None:
+        options["mask"] = given_tokens["mask"].to(mask) * (-128 if mask == torch.int8 else 1)
+    if log_ratio is not None:
+        options["log_ratio"] = given_tokens["log_ratio"].to(log_ratio)
+    assert_the_way_does_not_show(x, level=level, **options)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_wherever_they_start(level):
+    """Nothing has to be aligned, and what stands with gaps goes by way of scratch."""
+    length = 4 * TILE
+    x, given_tokens = tokens(3, length + 4)
+    for first in range(4):
+        rows = slice(first, first + length)
+        beside = {name: tensor[rows] for name, tensor in given_tokens.items()}
+        expected = combine([column.clone() for column in x[rows].unbind(-1)], level=level, **beside)
+        assert_same_result(combine(x[rows], level=level, **beside), expected)
+        for step in (1, 2):
+            out = torch.full((length * step + 5,), 7.0)
+            place = out[first : first + length * step : step]
+            combine(x[rows], level=level, out=place, **beside)
+            assert_same_bits(place.clone(), expected.advantages)
+            place.fill_(7.0)
+            assert (out == 7).all()
+    spread = {name: torch.stack([tensor, tensor.flip(0)], -1)[:, 0] for name, tensor in given_tokens.items()}
+    assert_same_result(combine(x, level=level, **spread), combine(x, level=level, **given_tokens))
+
+
+@pytest.mark.parametrize("options", [{"level": "sequence"}, {"solver": "min_norm"}, {"level": "batch"}], ids=str)
+def test_statistics_alone(options):
+    """Where the combination waits for a solve that cannot be guessed."""
+    x, given_tokens = tokens(3, 6 * TILE)
+    beside = {name: tensor.view(2, 3 * TILE) for name, tensor in given_tokens.items()}
+    assert_the_way_does_not_show(x.view(2, 3 * TILE, 3), **options, **beside)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 3e38], ids=str)
+def test_what_is_not_finite_is_left_to_others(garbage, level):
+    """In a tile that has been walked over in part; and behind the mask it is nothing."""
+    x, given_tokens = tokens(3, 4 * TILE)
+    for at in (5, TILE, 2 * TILE + 7, 4 * TILE - 1):
+        for valid in (True, False):
+            spoilt = x.clone()
+            spoilt[at, 1] = garbage
+            given_tokens["mask"][at] = valid
+            assert_the_way_does_not_show(spoilt, level=level, **given_tokens)
+            if not valid:
+                assert_same_result(combine(spoilt, level=level, **given_tokens), combine(x, level=level, **given_tokens))
+
+
+@settings(max_examples=40, **UNTIL_SHARED)
+@given(
+    n=st.sampled_from(COUNTS),
+    length=st.integers(TILE, 5 * TILE),
+    level=st.sampled_from(LEVELS),
+    nan=st.sampled_from(("ignore", "propagate")),
+    weights=st.lists(st.sampled_from((-1.0, 0.0, 0.5, 1.0, 3.0)), min_size=5, max_size=5),
+    fixed=st.booleans(),
+    noon=st.booleans(),
+    holes=st.integers(0, 3),
+    seed=st.integers(0, 2**31),
+)
+def test_any_call(n, length, level, nan, weights, fixed, noon, holes, seed):
+    g = generator(seed)
+    x = torch.randn(length, n, generator=g) * torch.rand(n, generator=g) * 3
+    x[torch.randint(length, (holes,), generator=g)] = torch.nan
+    x[torch.rand(length, n, generator=g) < 0.1] = -0.0
+    options = {
+        "mask": torch.rand(length, generator=g) < torch.rand((), generator=g),
+        "log_ratio": 0.4 * torch.randn(length, generator=g),
+        "reward_weights": weights[:n] if fixed or min(weights[:n]) >= 0 else None,
+    }
+    solver = "fixed" if fixed else "closed_form"
+    assert_the_way_does_not_show(x, level=level, solver=solver, noon=noon, nan=nan, **options)
