@@ -37,6 +37,7 @@ class Streamer : protected Combiner<C> {
               (!p.mask.data || (size_of(p.mask_dtype) == 1 && p.mask.col == 1)) &&
               (!p.log_ratio.data || (p.log_ratio_dtype == p.dtype && p.log_ratio.col == 1));
     for (int i = 0; i < p.n; ++i) streams &= keeps_sign(i);
+    distant = p.tokens() * p.n * size_of(p.dtype) > kNear;
   }
 
   // The statistics of a tile and, if `combine`, its combination: of each token if there are shares, else under the
@@ -64,6 +65,8 @@ class Streamer : protected Combiner<C> {
   const bool adjacent;
 
  private:
+  static constexpr int kNear = 1 << 20;    // bytes: what is not larger may be in a cache of the core
+  static constexpr int kAhead = 8 * 1024;  // bytes of the advantages
   static constexpr int kMost = PAMA_VECTOR_BYTES == 64 ? 4 : 1;  // as many as there are registers for
 
   template <int kN, bool kTokens, class S>
@@ -102,7 +105,13 @@ class Streamer : protected Combiner<C> {
       weighted[wanted[j]] = true;
       weight_of[wanted[j]] = all(weight[j]);
     }
+    const S *const src_ahead = src + kAhead / sizeof(S), *const log_ratio_ahead = log_ratio + kAhead / sizeof(S) / kN;
     for (int k = 0; k < count; k += kLanes) {
+      if (distant) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kN; ++r) __builtin_prefetch(src_ahead + k * kN + r * kLanes);
+        __builtin_prefetch(log_ratio_ahead + k);
+      }
       const Mask valid = Mask::nonzero(mask + k), open = valid.at_most(load_vector<C>(log_ratio + k), high);
       const M both = counted(open);
       valid_count += valid.count();
@@ -143,7 +152,7 @@ class Streamer : protected Combiner<C> {
     return plain;
   }
 
-  bool streams;
+  bool streams, distant;
 };
 
 }  // namespace PAMA_ISA
