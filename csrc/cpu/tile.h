@@ -23,7 +23,7 @@ inline void fill(T* x, int first, int last, U value) {
 
 // A tile of one array stays in the first-level cache, but of many objectives it is not so short that what there is to
 // do once for each tile and objective would count.
-constexpr int kTileBytes = 32 * 1024, kTileTokens = 1040, kShortestBytes = 2048;
+constexpr int kTileBytes = 20 * 1024, kTileTokens = 1040, kShortestBytes = 2048;
 
 // Objective i, token t of the tile stands at [i * stride + t]. Entries beyond the tile's last token are not valid.
 template <class C>
