@@ -214,8 +214,9 @@ class Kernel : Streamer<C> {
       tile.ahead[i] = follow(q, sizeof(S), adjacent ? static_cast<int64_t>(count) * (p.n + i) : count * q.col);
     }
     tile.ahead_step = kLanes * sizeof(S);
-    tile.beside[0] = tile.beside[1] = tile.ahead[0];
+    tile.beside[0] = tile.beside[1] = tile.beside[2] = tile.ahead[0];
     if (p.mask.data) tile.beside[1] = follow(p.mask, size_of(p.mask_dtype), count * p.mask.col);
+    if (p.level == Level::kBatch && !p.in_place) tile.beside[2] = follow(p.out, sizeof(S), 0);
     if (p.log_ratio.data) tile.beside[0] = follow(p.log_ratio, size_of(p.log_ratio_dtype), count * p.log_ratio.col);
   }
 

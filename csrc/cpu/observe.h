@@ -219,12 +219,13 @@ class Observer {
     const C* const x = tile.x + i * stride;
     const int64_t step = stride, ahead_step = tile.ahead_step;
     const char *const here = tile.ahead[i], *const next = tile.ahead[i + kMany - 1];
-    const char *const gates = tile.beside[0], *const mask = tile.beside[1];
+    const char *const gates = tile.beside[0], *const mask = tile.beside[1], *const out = tile.beside[2];
     int64_t ahead = 0;
     for (int k = 0; k < count; k += kLanes, ahead += ahead_step) {
       if (i == 0) {
         __builtin_prefetch(gates + ahead);
         __builtin_prefetch(mask + ahead);
+        __builtin_prefetch(out + ahead);
       }
       const Where<V, M> valid(vec(tile.valid + k)), open(vec(tile.not_above + k));
       const M both = counted(open);

@@ -41,8 +41,8 @@ struct Tile {
   alignas(64) C out[kTileTokens + 16];
   alignas(64) C normal[kTileTokens];  // one objective, normalised
   // What to prefetch while objective i is worked on, so many bytes for each vector: its share of the next tile; and
-  // while the first is, gates and mask.
-  const char *ahead[kMaxObjectives], *beside[2];
+  // while the first is, gates and mask of that, and where the combination of this one goes.
+  const char *ahead[kMaxObjectives], *beside[3];
   int64_t ahead_step;
 
   // An odd number of cache lines of floats, so that the objectives of a token do not compete for one place in the
