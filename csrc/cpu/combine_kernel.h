@@ -155,11 +155,11 @@ class Kernel : Streamer<C> {
   }
 
  private:
-  // f(t, count) for each tile of the tokens [first, last). If there are several, the first is a short one: large enough
-  // to know the centre of the next.
+  // f(t, count) for each tile of the tokens [first, last). If there are several, and they may be streamed, the first is a
+  // short one: enough to know the centre of the next.
   template <class F>
   void tiles(int64_t first, int64_t last, F f) const {
-    int64_t size = last - first > stride ? (stride / 2 + 15) / 16 * 16 : stride;
+    int64_t size = p.n <= Streamer<C>::kFew && last - first > stride ? (stride / 2 + 15) / 16 * 16 : stride;
     for (int64_t t = first; t < last; t += size, size = stride)
       f(t, static_cast<int>(smaller<int64_t>(size, last - t)));
   }

@@ -31,9 +31,11 @@ class Streamer : protected Combiner<C> {
   using Combiner<C>::wanted;
   using Combiner<C>::weight;
 
+  static constexpr int kFew = PAMA_VECTOR_BYTES == 64 ? 4 : 0;  // objectives: as many as there are registers for
+
   explicit Streamer(const CombineParams& params)
       : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {
-    streams = adjacent && p.n <= kMost && p.noon && p.rows == 1 && !p.order && !p.sums && !p.in_place && !p.marks() &&
+    streams = adjacent && p.n <= kFew && p.noon && p.rows == 1 && !p.order && !p.sums && !p.in_place && !p.marks() &&
               (!p.mask.data || (size_of(p.mask_dtype) == 1 && p.mask.col == 1)) &&
               (!p.log_ratio.data || (p.log_ratio_dtype == p.dtype && p.log_ratio.col == 1));
     for (int i = 0; i < p.n; ++i) streams &= keeps_sign(i);
@@ -46,7 +48,7 @@ class Streamer : protected Combiner<C> {
   template <class S>
   bool stream(int64_t t, int count, Moments* m, bool combine, TokenShares* shares) {
     bool done = false;
-    if constexpr (kMost > 1) {
+    if constexpr (kFew > 0) {
       if (!streams || normalizer.active() || count % kLanes != 0) return false;
       for (int i = 0; i < p.n; ++i)
         if (!known(m[i], count)) return false;
@@ -56,7 +58,7 @@ class Streamer : protected Combiner<C> {
                                           : walk<kN + 2, false, S>(t, count, m, combine, shares, out),
                             true)) ||
          ...);
-      }(std::make_integer_sequence<int, kMost - 1>());
+      }(std::make_integer_sequence<int, kFew ? kFew - 1 : 0>());
       if (done && combine && out == tile.out) store_plane<S>(p, p.out, t, count, out);
     }
     return done;
@@ -67,7 +69,6 @@ class Streamer : protected Combiner<C> {
  private:
   static constexpr int kNear = 1 << 20;    // bytes: what is not larger may be in a cache of the core
   static constexpr int kAhead = 8 * 1024;  // bytes of the advantages
-  static constexpr int kMost = PAMA_VECTOR_BYTES == 64 ? 4 : 1;  // as many as there are registers for
 
   template <int kN, bool kTokens, class S>
   bool walk(int64_t t, int count, Moments* m, bool combine, TokenShares* shares, C* out) {
