@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plain_tiles import UNTIL_SHARED, generator
 
-from pama_ext import combine
+from pama_ext import Normalize, combine
 
 COUNTS = (2, 3, 4, 5)
 LEVELS = ("batch", "token")
@@ -74,8 +74,38 @@ def test_wherever_they_start(level):
             assert_same_bits(place.clone(), expected.advantages)
             place.fill_(7.0)
             assert (out == 7).all()
-    spread = {name: torch.stack([tensor, tensor.flip(0)], -1)[:, 0] for name, tensor in given_tokens.items()}
-    assert_same_result(combine(x, level=level, **spread), combine(x, level=level, **given_tokens))
+    expected = combine(x, level=level, **given_tokens)
+    for name, tensor in given_tokens.items():
+        spread = {**given_tokens, name: torch.stack([tensor, tensor.flip(0)], -1)[:, 0]}
+        assert_same_result(combine(x, level=level, **spread), expected)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("gap", [0, 1, 16])
+def test_rows_with_gaps(gap, level):
+    rows, cols = 2, 3 * TILE
+    x, given_tokens = tokens(3, rows * cols)
+    expected = combine(x.view(rows, cols, 3), level=level, **{k: v.view(rows, cols) for k, v in given_tokens.items()})
+    wide = torch.full((rows, cols + gap, 3), torch.nan)
+    wide[:, :cols] = x.view(rows, cols, 3)
+    beside = {}
+    for name, tensor in given_tokens.items():
+        beside[name] = torch.zeros(rows, cols + gap, dtype=tensor.dtype)[:, :cols]
+        beside[name][:] = tensor.view(rows, cols)
+    assert_same_result(combine(wide[:, :cols], level=level, **beside), expected)
+
+
+@pytest.mark.parametrize("level", ["batch", "token", "group"])
+@pytest.mark.parametrize("by", ["none", "batch", "group"])
+@pytest.mark.parametrize("over", ["tokens", "row_sums"])
+def test_what_is_not_the_advantages_themselves(over, by, level):
+    """Scores of rows, groups that stand in any order: one long row, and several."""
+    for rows in (1, 3):
+        x, given_tokens = tokens(2, rows * 3 * TILE)
+        beside = {name: tensor.view(rows, -1) for name, tensor in given_tokens.items()}
+        ids = torch.tensor([1, 0, 1])[:rows] if by == "group" or level == "group" else None
+        normalize = Normalize(over=over, by=by, group_ids=ids)
+        assert_the_way_does_not_show(x.view(rows, -1, 2), level=level, normalize=normalize, **beside)
 
 
 @pytest.mark.parametrize("options", [{"level": "sequence"}, {"solver": "min_norm"}, {"level": "batch"}], ids=str)

@@ -1,9 +1,9 @@
 // SIMD vectors of the instruction set a file is compiled for. Included once per instruction set.
 //
 // They are those of GCC and Clang, whose operators do nearly everything. The instructions named below are the ones GCC
-// does not find: it spells a minimum of vectors as a comparison and a selection. On AVX-512 a comparison makes a mask
-// register, which costs a core (Zen 5) more than the operations on integers or bits that can do the same; so hot loops
-// compare little, and keep their masks in memory as vectors of -1 and 0.
+// does not find: it spells a minimum of vectors as a comparison and a selection. On AVX-512 comparisons make mask
+// registers. What is done under one costs nothing more, but making it takes one of two ports (Zen 5), and GCC moves
+// masks to general registers and back where it combines them: so hot loops make few and use them often.
 #pragma once
 
 #include <cstdint>
