@@ -233,6 +233,10 @@ const char* plan_combine(const CombineOptions& options, const CombineTensors& te
     const Extent written = extent(t);
     for (int i = 0; i < tensors.n; ++i)
       if (written.meets(extent(&tensors.advantages[i]))) return "out: shares memory with advantages";
+    // Columns, each with gaps, in which the others stand.
+    const bool dense = adjacent(p.advantages, p.n, p.dtype) && (rows == 1 || p.advantages[0].row == cols * p.n);
+    if (dense && written.meets({p.advantages[0].data, rows * cols * p.n * size_of(p.dtype)}))
+      return "out: shares memory with advantages";
     if (const char* problem = alias(written, tensors)) return problem;
   }
   if (tensors.in_place && p.normalize.combined != Pool::kNone) return "normalize: combined has no in-place form";

@@ -54,6 +54,14 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
             combine(x.T.contiguous().T, solver="min_norm")
             combine(x, normalize=Normalize(by="group", group_size=tokens))
             kept.clear()
+    for n in (2, 3, 4):  # walked over from the second tile on, if log_ratio has their dtype
+        for tokens in (2000, 1568, 2608, 1280, 944):
+            x = at_the_end(torch.randn(tokens, n).to(dtype))
+            mask, log_ratio = at_the_end(torch.rand(tokens) < 0.8), at_the_end(torch.randn(tokens).to(dtype))
+            out = at_the_end(torch.empty(tokens, dtype=dtype))
+            for level in ("batch", "token"):
+                combine(x, mask=mask, log_ratio=log_ratio, out=out, level=level)
+            kept.clear()
     for length in (1, 16, 33):
         values = at_the_end(torch.randn(3, length, 3).to(dtype))
         valid = at_the_end(torch.rand(3, length) < 0.8)

@@ -156,8 +156,10 @@ def test_out_shares_memory_with_nothing():
         advantages = [x, y[:, 0]] if not keywords else y
         with pytest.raises(ValueError, match="out: shares memory"):
             combine(advantages, out=x, **keywords)
-    with pytest.raises(ValueError, match="out: shares memory"):
-        combine(y, out=y.view(-1)[:6])
+    for columns, dim in ((y, -1), (y.T, 0), (list(y.unbind(-1)), -1), (list(y.view(2, 3, 2).unbind(-1)), -1)):
+        shape = (2, 3) if columns[0].ndim == 2 else (6,)
+        with pytest.raises(ValueError, match="out: shares memory"):
+            combine(columns, dim=dim, out=y.view(-1)[3:9].view(shape))
     assert torch.equal(x, torch.ones(6)) and torch.equal(y, torch.ones(6, 2))
 
 

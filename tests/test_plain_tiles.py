@@ -122,6 +122,55 @@ def test_every_number_of_objectives_is_parted(instructions, dtype):
         assert_same_result(combine(x), combine([column.clone() for column in x.unbind(-1)]))
 
 
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("weight", [1e-3, 0.5, 0.7, 1.0, 3.3], ids=str)
+def test_numbers_of_any_size(instructions, weight, dtype, mode):
+    """Down to where A_i is 0 though the advantage is not, on both ways; a masked token in one is NaN in the other."""
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for length in (17, TILE + 1, 3 * TILE):
+        g = generator(length)
+        x = torch.randn(length, 2, generator=g).to(dtype)
+        sizes = torch.tensor([1.0, 1e-20, 3 * tiny, tiny], dtype=dtype)[torch.randint(4, (length, 2), generator=g)]
+        x = torch.where(sizes > 1e-30, x * sizes, x.sign() * sizes)
+        log_ratio, gone = 0.3 * torch.randn(length, generator=g), torch.rand(length, generator=g) < 0.2
+        holes = torch.where(gone[:, None], torch.nan, x)
+        options = {"log_ratio": log_ratio, "reward_weights": [weight, 1.0], **mode}
+        careful, plain = combine(holes, **options), combine(x, mask=~gone, **options)
+        for i in (0, 1):
+            for field in FIELDS:
+                assert torch.equal(getattr(careful.stats, field)[i], getattr(plain.stats, field)[i]), field
+        assert_same_bits(careful.advantages, plain.advantages)
+        assert_same_bits(careful.weights, plain.weights)
+        expected = reference.combine(x, mask=~gone, **options).stats
+        assert torch.equal(plain.stats.clipped * (~gone).sum(), expected.clipped * (~gone).sum())
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_inactive": True}], ids=str)
+def test_an_advantage_that_vanishes_counts_as_none(instructions, options):
+    for length in (16, 2 * TILE + 32):
+        x = torch.full((length, 2), 1e-30)
+        x[:, 1] = 2e-30
+        result = combine(x, reward_weights=[1e-20, 1.0], **options)  # the first A_i is 0
+        expected = reference.combine(x, reward_weights=[1e-20, 1.0], **options)
+        assert torch.equal(result.stats.clipped, expected.stats.clipped)
+        assert torch.equal(result.weights, expected.weights)
+
+
+def test_what_is_equal_after_it_is_weighted_ties(instructions):
+    """Products are rounded before they are added: as A_i are equal to the bit, so are their sums."""
+    x = torch.rand(2 * TILE, generator=generator(0)) + 0.5
+    weight = torch.tensor(0.1)
+    result = combine(torch.stack([x, x * weight], -1), reward_weights=torch.stack([weight, torch.tensor(1.0)]))
+    assert result.weights.tolist() == [0.5, 0.5]
+
+
+def test_an_advantage_that_overflows_shows(instructions):
+    x = torch.full((17, 1), -1.0)
+    x[0], x[16] = -2e38, 2.5e38
+    assert combine(x, noon=False, reward_weights=[1.5]).stats.active_mean.isinf()
+
+
 NONZERO = {
     torch.bool: [True],
     torch.uint8: [1, 2, 128, 255],

@@ -1,8 +1,9 @@
 // The CPU kernel of `combine`, compiled once per instruction set (csrc/cpu/isa_*.cpp).
 //
 // A tile of tokens is loaded objective by objective into cache-sized scratch, whatever its dtype and layout; everything
-// after that is one arithmetic on unit-stride vectors. Each objective goes through the same operations in the same
-// order wherever it stands, so duplicated objectives tie exactly and permuting objectives permutes bits.
+// after that is one arithmetic on unit-stride vectors. Few objectives side by side need no scratch (stream.h). Each
+// objective goes through the same operations in the same order wherever it stands, so duplicated objectives tie exactly
+// and permuting objectives permutes bits.
 #include <cmath>
 
 #include "isa.h"
@@ -52,7 +53,7 @@ class Kernel : Streamer<C> {
         look_after *= 4;
         if (guess->look(p, others, moments, t)) {
           want(guess->weights);
-          if (streamed) load<S>(t, count);
+          if (streamed && guess->from != Guess::kNone) load<S>(t, count);
           combined = false;
         }
       }
@@ -155,8 +156,9 @@ class Kernel : Streamer<C> {
   }
 
  private:
-  // f(t, count) for each tile of the tokens [first, last). If there are several, and they may be streamed, the first is a
-  // short one: enough to know the centre of the next.
+  // f(t, count) for each tile of the tokens [first, last). Of few objectives the first of several is a short one:
+  // enough to know the centre of the next, which then may be streamed. In every layout, as bits depend on where tiles
+  // end.
   template <class F>
   void tiles(int64_t first, int64_t last, F f) const {
     int64_t size = p.n <= Streamer<C>::kFew && last - first > stride ? (stride / 2 + 15) / 16 * 16 : stride;
@@ -216,7 +218,7 @@ class Kernel : Streamer<C> {
     tile.ahead_step = kLanes * sizeof(S);
     tile.beside[0] = tile.beside[1] = tile.beside[2] = tile.ahead[0];
     if (p.mask.data) tile.beside[1] = follow(p.mask, size_of(p.mask_dtype), count * p.mask.col);
-    if (p.level == Level::kBatch && !p.in_place) tile.beside[2] = follow(p.out, sizeof(S), 0);
+    if (p.level == Level::kBatch && !p.in_place && !p.has_gram()) tile.beside[2] = follow(p.out, sizeof(S), 0);
     if (p.log_ratio.data) tile.beside[0] = follow(p.log_ratio, size_of(p.log_ratio_dtype), count * p.log_ratio.col);
   }
 

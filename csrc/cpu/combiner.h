@@ -172,15 +172,50 @@ class Combiner : protected Observer<C> {
     shares.used += lanes.count(0);
   }
 
-  // Idle tokens share evenly.
-  void add_plain_shares(int n, const V* share_sum, V value_sum, int64_t idle, int64_t used, TokenShares& shares) {
-    lanes.spill(value_sum);
+  // What theorem 1 adds up of tokens of which all is plain. s* is the smallest A_i of an active token, and what its
+  // objectives are combined to, whoever shares it; at an idle one all a_i are 0 and tie. kN: how many objectives, known
+  // to the compiler; 0: any number.
+  template <int kN>
+  struct TokenSums {
+    static constexpr int kMost = kN ? kN : kMaxObjectives;
+    V share[kMost], value;
+    V low, each;  // of the tokens added last: s*, and the share of it of one that is as small
+
+    void clear() {
+#pragma GCC unroll 16
+      for (int i = 0; i < kMost; ++i) share[i] = V{};
+      value = V{};
+    }
+    // Returns the combination: 0 where nothing is valid.
+    inline __attribute__((always_inline)) V add(int n, const V* a, Where<V, M> valid, Where<V, M> open, V even) {
+      V combined{};
+      M at_low{};
+      low = all(kInf);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) {
+        low = (V)smaller((M)a[i], (M)low);            // of numbers that are not negative, as integers
+        combined = valid.add(combined, a[i] * even);  // chosen after it is rounded, as in solve_tokens: no FMA
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) at_low = open.equal(a[i], low).add(at_low, M{} + 1);
+      each = kN ? inverse(at_low) : 1 / __builtin_convertvector(at_low, V);
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) share[i] = open.equal(a[i], low).add(share[i], each);
+      value = open.add(value, low);
+      return valid.only(open.either(low, combined));
+    }
+  };
+
+  template <int kN>
+  inline __attribute__((always_inline)) void add_shares(int n, const TokenSums<kN>& sums, int64_t used, int64_t active,
+                                                        TokenShares& shares) {
+    const double idle_share = static_cast<double>(used - active) / n;
+    lanes.spill(sums.value);
     shares.value += lanes.sum();
     shares.used += used;
-    const double idle_share = static_cast<double>(idle) / n;
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i) {
-      lanes.spill(share_sum[i]);
+      lanes.spill(sums.share[i]);
       shares.weights[i] += lanes.sum() + idle_share;
     }
   }
@@ -188,43 +223,33 @@ class Combiner : protected Observer<C> {
   C weight[kMaxObjectives];  // of each of the objectives wanted
 
  private:
-  // s* is the smallest A_i of an active token, and what its objectives are combined to, whoever shares it; at an idle
-  // one all a_i are 0 and tie. kN: how many objectives, known to the compiler; 0: any number.
   template <int kN>
   void solve_plain_tokens(int count, TokenShares& shares, C* out) {
-    constexpr int kMost = kN ? kN : kMaxObjectives;
+    constexpr int kMost = TokenSums<kN>::kMost;
     const int n = kN ? kN : p.n;
     const bool in_place = p.in_place, mark = p.marks();
-    V factor[kMost], share_sum[kMost] = {}, value_sum{};
-    M idle_count{};
+    TokenSums<kN> sums;
+    sums.clear();
+    M active{};
+    V factor[kMost];
     for (int i = 0; i < n; ++i) factor[i] = all(normalizer.active() ? C{1} : scale[i]);
     const V even = all(C{1} / static_cast<C>(n));
     const int64_t step = kN ? Tile<C>::stride_for(kMost) : stride;
     for (int k = 0; k < count; k += kLanes) {
-      const Where<V, M> active(vec(tile.not_above + k)), idle = Where<V, M>(vec(tile.valid + k)).without(active);
-      V a[kMost], low = all(kInf), combined{};
-      M at_low{};
+      const Where<V, M> valid(vec(tile.valid + k)), open(vec(tile.not_above + k));
+      V a[kMost];
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) {
-        a[i] = positive(vec(tile.x + i * step + k)) * factor[i];
-        low = (V)smaller((M)a[i], (M)low);  // of numbers that are not negative, as integers
-        combined = idle.add(combined, a[i] * even);  // chosen after it is rounded, as in solve_tokens: no FMA
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) at_low = active.equal(a[i], low).add(at_low, M{} + 1);
-      const V share = kN ? inverse(at_low) : 1 / __builtin_convertvector(at_low, V);
-#pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) share_sum[i] = active.equal(a[i], low).add(share_sum[i], share);
+      for (int i = 0; i < n; ++i) a[i] = positive(vec(tile.x + i * step + k)) * factor[i];
+      const V combined = sums.add(n, a, valid, open, even);
       for (int i = 0; i < n && in_place; ++i) {
-        vec(tile.x + i * step + k) = idle.only(a[i] * even) + active.equal(a[i], low).only(share * a[i]);
+        const V idle = valid.without(open).only(a[i] * even);
+        vec(tile.x + i * step + k) = idle + open.equal(a[i], sums.low).only(sums.each * a[i]);
       }
-      combined = active.add(combined, low);
       at(out, k) = mark ? marked(combined, vec(tile.valid + k)) : combined;
-      value_sum = active.add(value_sum, low);
-      idle_count = idle.add(idle_count, M{} + 1);
+      active -= vec(tile.not_above + k);
     }
-    lanes.spill(idle_count);
-    add_plain_shares(n, share_sum, value_sum, lanes.count(0), tile.valid_count, shares);
+    lanes.spill(active);
+    add_shares<kN>(n, sums, tile.valid_count, lanes.count(0), shares);
   }
 
   // c_i A_i of the j-th of the objectives wanted, added to those before it. kKeep: kept in `x`. kPlain: all are finite.

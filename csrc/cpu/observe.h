@@ -29,7 +29,7 @@ class Observer {
   static M& vec(I* x) { return *reinterpret_cast<M*>(x); }
   static V all(C x) { return V{} + x; }
   static M finite(V x) { return (x - x) == V{}; }
-  static V only(M mask, V x) { return (V)((M)x & mask); }    // x where the mask is set, else 0
+  static V only(M mask, V x) { return (V)((M)x & mask); }  // x where the mask is set, else 0
   // The larger of x and 0, as integers, of which a core makes twice as many in a cycle as of floats: NaN may pass.
   static V positive(V x) { return (V)larger((M)x, M{}); }
 
@@ -40,9 +40,11 @@ class Observer {
         propagate(M{} - (params.propagate ? 1 : 0)),
         normalizer(params) {
     lower_gates = !p.noon || p.propagate || normalizer.active();
+    shrinks = false;
     for (int i = 0; i < p.n; ++i) {
       scale[i] = static_cast<C>(p.scale(i));
       lower_gates |= !keeps_sign(i);
+      shrinks |= scale[i] < 1;
     }
   }
 
@@ -103,21 +105,27 @@ class Observer {
       low = all(kInf), high = all(-kInf);
       counts = M{};
     }
-    // Returns the positive part of what is processed.
-    V add(Where<V, M> valid, Where<V, M> open, M both, V entry, V processed, V around, V factor) {
-      const V d = valid.only(entry - around), part = positive(processed);
+    // Returns A_i. `shrinks`: some factor is below 1, so that A_i may be 0 where the positive part of what is processed
+    // is not.
+    V add(Where<V, M> valid, Where<V, M> open, M both, V entry, V processed, V around, V factor, bool shrinks) {
+      const V d = valid.only(entry - around), part = positive(processed), advantage = part * factor;
       deviation += d;
       squares += d * d;
       low = valid.lower(entry, low);
       high = valid.higher(entry, high);
-      active = open.add_product(active, part, factor);
-      counts = valid.nonzero((M)part).add(counts, both);
-      return part;
+      active = open.add(active, advantage);
+      if (shrinks) {
+        counts = valid.nonzero((M)part).add(counts, M{} + 1);
+        counts = open.nonzero((M)advantage).add(counts, M{} + kOpen);
+      } else {
+        counts = valid.nonzero((M)part).add(counts, both);
+      }
+      return advantage;
     }
   };
-  // Counted at once: 1 for an A_i that is not 0, and kOpen more if its gate is open.
+  // Counted at once: 1 for a positive part that is not 0, and kOpen more if A_i passes its gate and is not 0.
   static constexpr I kOpen = 1 << 16;
-  static_assert(kTileTokens < kOpen);
+  static_assert(kTileTokens < kOpen && kTileTokens < INT32_MAX / (kOpen + 1));
   static M counted(Where<V, M> open) { return open.add(M{} + 1, M{} + kOpen); }
 
   // Returns whether all has been plain; if not, `here` has no meaning.
@@ -184,7 +192,7 @@ class Observer {
       const V positive_part = noon(take ? processed : V{}, all(floor)) + V{};  // no -0
       const V advantage = only(take, positive_part * scale[i]);
       const V gated = gated_at(advantage, k);
-      active = Where<V, M>(gated != V{}).add_product(active, positive_part, all(scale[i]));
+      active += gated;
       const M is_nonzero = positive_part != V{};
       nonzero -= is_nonzero;
       clipped -= is_nonzero & (gated == V{});
@@ -220,6 +228,7 @@ class Observer {
     const int64_t step = stride, ahead_step = tile.ahead_step;
     const char *const here = tile.ahead[i], *const next = tile.ahead[i + kMany - 1];
     const char *const gates = tile.beside[0], *const mask = tile.beside[1], *const out = tile.beside[2];
+    const bool shrinking = shrinks;
     int64_t ahead = 0;
     for (int k = 0; k < count; k += kLanes, ahead += ahead_step) {
       if (i == 0) {
@@ -233,8 +242,8 @@ class Observer {
       for (int j = 0; j < kMany; ++j) {
         __builtin_prefetch((j ? next : here) + ahead);
         const V entry = vec(x + j * step + k), processed = kNormal ? vec(tile.normal + k) : entry;
-        const V part = sums[j].add(valid, open, both, entry, processed, around[j], factor[j]);
-        if (kNormal) sums[j].deviation += valid.only((processed + part * factor[j]) * 0);  // NaN if one is not finite
+        const V advantage = sums[j].add(valid, open, both, entry, processed, around[j], factor[j], shrinking);
+        if (kNormal) sums[j].deviation += valid.only((processed + advantage) * 0);  // NaN if one is not finite
       }
     }
     uint64_t plain = 0;
@@ -279,6 +288,7 @@ class Observer {
   const M propagate;  // all ones if non-finite entries take part
   C scale[kMaxObjectives];
   bool lower_gates;  // whether an A_i may be negative or NaN
+  bool shrinks;      // whether a scale is below 1
   Tile<C> tile;
   Lanes<C> lanes;
   Normalizer<C> normalizer;

@@ -39,8 +39,8 @@ inline T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// What a loop needs of a mask: where it is set x, else 0 (only) or y (either); the smaller or larger of x and y, y + x,
-// or y + a b, else y; and the mask of what is set where a comparison holds, too.
+// What a loop needs of a mask: where it is set x, else 0 (only) or y (either); the smaller or larger of x and y, or y +
+// x, else y; and the mask of what is set where a comparison holds, too. A product that is added is rounded first.
 template <class V, class M>
 struct Where {
   M mask;
@@ -52,7 +52,6 @@ struct Where {
   V higher(V x, V y) const { return larger(mask < M{} ? x : y, y); }
   V add(V y, V x) const { return y + only(x); }
   M add(M y, M x) const { return y + (x & mask); }
-  V add_product(V y, V a, V b) const { return y + only(a * b); }
   Where equal(V x, V y) const { return Where(mask & (x == y)); }
   Where nonzero(M x) const { return Where(mask & (x != M{})); }
   Where without(Where other) const { return Where(mask & ~other.mask); }
@@ -77,7 +76,7 @@ inline auto inverse(M count) {
 
 // As a table, whose index has four bits.
 inline Floats inverse(Ints count) {
-  constexpr Floats table{1 / 16.f, 1,       1 / 2.f, 1 / 3.f,  1 / 4.f,  1 / 5.f,  1 / 6.f,  1 / 7.f,
+  constexpr Floats table{1 / 16.f, 1,       1 / 2.f,  1 / 3.f,  1 / 4.f,  1 / 5.f,  1 / 6.f,  1 / 7.f,
                          1 / 8.f,  1 / 9.f, 1 / 10.f, 1 / 11.f, 1 / 12.f, 1 / 13.f, 1 / 14.f, 1 / 15.f};
   return _mm512_maskz_permutexvar_ps(-1, (__m512i)count, table);
 }
@@ -109,7 +108,6 @@ struct Where<Floats, Ints> {
   Floats higher(Floats x, Floats y) const { return _mm512_mask_max_ps(y, mask, x, y); }
   Floats add(Floats y, Floats x) const { return _mm512_mask_add_ps(y, mask, y, x); }
   Ints add(Ints y, Ints x) const { return (Ints)_mm512_mask_add_epi32((__m512i)y, mask, (__m512i)y, (__m512i)x); }
-  Floats add_product(Floats y, Floats a, Floats b) const { return _mm512_mask3_fmadd_ps(a, b, y, mask); }
   Where equal(Floats x, Floats y) const { return Where(_mm512_mask_cmp_ps_mask(mask, x, y, _CMP_EQ_OQ)); }
   Where at_most(Floats x, Floats y) const { return Where(_mm512_mask_cmp_ps_mask(mask, x, y, _CMP_LE_OQ)); }
   Where nonzero(Ints x) const { return Where(_mm512_mask_test_epi32_mask(mask, (__m512i)x, (__m512i)x)); }
@@ -132,7 +130,6 @@ struct Where<Doubles, Longs> {
   Doubles higher(Doubles x, Doubles y) const { return _mm512_mask_max_pd(y, mask, x, y); }
   Doubles add(Doubles y, Doubles x) const { return _mm512_mask_add_pd(y, mask, y, x); }
   Longs add(Longs y, Longs x) const { return (Longs)_mm512_mask_add_epi64((__m512i)y, mask, (__m512i)y, (__m512i)x); }
-  Doubles add_product(Doubles y, Doubles a, Doubles b) const { return _mm512_mask3_fmadd_pd(a, b, y, mask); }
   Where equal(Doubles x, Doubles y) const { return Where(_mm512_mask_cmp_pd_mask(mask, x, y, _CMP_EQ_OQ)); }
   Where at_most(Doubles x, Doubles y) const { return Where(_mm512_mask_cmp_pd_mask(mask, x, y, _CMP_LE_OQ)); }
   Where nonzero(Longs x) const { return Where(_mm512_mask_test_epi64_mask(mask, (__m512i)x, (__m512i)x)); }

@@ -13,6 +13,8 @@ class Streamer : protected Combiner<C> {
   using typename Combiner<C>::V;
   using typename Combiner<C>::M;
   using typename Combiner<C>::Sums;
+  template <int kN>
+  using TokenSums = typename Combiner<C>::template TokenSums<kN>;
   using Combiner<C>::all;
   using Combiner<C>::at;
   using Combiner<C>::centre_of;
@@ -27,6 +29,7 @@ class Streamer : protected Combiner<C> {
   using Combiner<C>::normalizer;
   using Combiner<C>::p;
   using Combiner<C>::scale;
+  using Combiner<C>::shrinks;
   using Combiner<C>::tile;
   using Combiner<C>::wanted;
   using Combiner<C>::weight;
@@ -36,28 +39,25 @@ class Streamer : protected Combiner<C> {
   explicit Streamer(const CombineParams& params)
       : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {
     streams = adjacent && p.n <= kFew && p.noon && p.rows == 1 && !p.order && !p.sums && !p.in_place && !p.marks() &&
-              (!p.mask.data || (size_of(p.mask_dtype) == 1 && p.mask.col == 1)) &&
+              !normalizer.active() && (!p.mask.data || (size_of(p.mask_dtype) == 1 && p.mask.col == 1)) &&
               (!p.log_ratio.data || (p.log_ratio_dtype == p.dtype && p.log_ratio.col == 1));
     for (int i = 0; i < p.n; ++i) streams &= keeps_sign(i);
     distant = p.tokens() * p.n * size_of(p.dtype) > kNear;
   }
 
   // The statistics of a tile and, if `combine`, its combination: of each token if there are shares, else under the
-  // weights wanted. Bit for bit what observing and combining it by way of scratch gives, and false, with nothing merged,
-  // if that is what has to be done: because of how things are stored, or because a number is not finite.
+  // weights wanted. Bit for bit what observing and combining it by way of scratch gives, and false, with nothing
+  // merged, if that is what has to be done: because of how things are stored, or because a number is not finite.
   template <class S>
   bool stream(int64_t t, int count, Moments* m, bool combine, TokenShares* shares) {
     bool done = false;
     if constexpr (kFew > 0) {
-      if (!streams || normalizer.active() || count % kLanes != 0) return false;
+      if (!streams || count % kLanes != 0) return false;
       for (int i = 0; i < p.n; ++i)
         if (!known(m[i], count)) return false;
       C* const out = this->template destination<S>(t, count);
       [&]<int... kN>(std::integer_sequence<int, kN...>) {
-        ((p.n == kN + 2 && (done = shares ? walk<kN + 2, true, S>(t, count, m, combine, shares, out)
-                                          : walk<kN + 2, false, S>(t, count, m, combine, shares, out),
-                            true)) ||
-         ...);
+        ((p.n == kN + 2 && (done = walk<kN + 2, S>(t, count, m, combine, shares, out), true)) || ...);
       }(std::make_integer_sequence<int, kFew ? kFew - 1 : 0>());
       if (done && combine && out == tile.out) store_plane<S>(p, p.out, t, count, out);
     }
@@ -70,13 +70,22 @@ class Streamer : protected Combiner<C> {
   static constexpr int kNear = 1 << 20;    // bytes: what is not larger may be in a cache of the core
   static constexpr int kAhead = 8 * 1024;  // bytes of the advantages
 
-  template <int kN, bool kTokens, class S>
+  template <int kN, class S>
+  bool walk(int64_t t, int count, Moments* m, bool combine, TokenShares* shares, C* out) {
+    if (shares)
+      return shrinks ? walk<kN, true, true, S>(t, count, m, combine, shares, out)
+                     : walk<kN, true, false, S>(t, count, m, combine, shares, out);
+    return shrinks ? walk<kN, false, true, S>(t, count, m, combine, shares, out)
+                   : walk<kN, false, false, S>(t, count, m, combine, shares, out);
+  }
+  template <int kN, bool kTokens, bool kShrinks, class S>
   bool walk(int64_t t, int count, Moments* m, bool combine, TokenShares* shares, C* out) {
     using Mask = Where<V, M>;
     const S* const src = pama::PAMA_ISA::at<const S>(p.advantages[0], 0, t);
     // What is not there is made up, so that the loop need not ask.
+    alignas(64) S none[kTileTokens];
     const auto* mask = reinterpret_cast<const uint8_t*>(tile.valid);
-    const auto* log_ratio = reinterpret_cast<const S*>(tile.not_above);
+    const S* log_ratio = none;
     if (p.mask.data) {
       mask = pama::PAMA_ISA::at<const uint8_t>(p.mask, 0, t);
     } else {
@@ -85,24 +94,26 @@ class Streamer : protected Combiner<C> {
     if (p.log_ratio.data) {
       log_ratio = pama::PAMA_ISA::at<const S>(p.log_ratio, 0, t);
     } else {
-      memset(tile.not_above, 0, count * sizeof(S));
+      fill(none, 0, count, S{});
     }
     const V high = all(p.log_ratio.data ? at_most<C>(p.log_high) : kInf), even = all(C{1} / kN);
     Sums sums[kN];
     C centre[kN];
-    V around[kN], factor[kN], weight_of[kN], share_sum[kN], value_sum{};
+    V around[kN], factor[kN], weight_of[kN];
+    TokenSums<kTokens ? kN : 1> tokens;
+    tokens.clear();
     bool weighted[kN];
-    int valid_count = 0, open_count = 0;
+    int valid_count = 0, active_count = 0;
 #pragma GCC unroll 4
     for (int i = 0; i < kN; ++i) {
       sums[i].clear();
       centre[i] = centre_of(m[i].mean);
       around[i] = all(centre[i]);
       factor[i] = all(scale[i]);
-      share_sum[i] = V{};
+      weight_of[i] = V{};
       weighted[i] = false;
     }
-    for (int j = 0; j < many && combine; ++j) {
+    for (int j = 0; j < many && combine && !kTokens; ++j) {
       weighted[wanted[j]] = true;
       weight_of[wanted[j]] = all(weight[j]);
     }
@@ -116,30 +127,18 @@ class Streamer : protected Combiner<C> {
       const Mask valid = Mask::nonzero(mask + k), open = valid.at_most(load_vector<C>(log_ratio + k), high);
       const M both = counted(open);
       valid_count += valid.count();
-      V rows[kN], a[kN], low = all(kInf), combined{};
+      V rows[kN], a[kN], combined{};
 #pragma GCC unroll 4
       for (int r = 0; r < kN; ++r) rows[r] = load_vector<C>(src + k * kN + r * kLanes);
       part<kN, C>(rows, [&](int i, V entry) { a[i] = entry; });
 #pragma GCC unroll 4
       for (int i = 0; i < kN; ++i) {
-        a[i] = sums[i].add(valid, open, both, a[i], a[i], around[i], factor[i]) * factor[i];
-        if (kTokens) {
-          low = (V)smaller((M)a[i], (M)low);
-          combined = valid.add(combined, a[i] * even);
-        } else if (weighted[i]) {
-          combined = valid.add(combined, weight_of[i] * a[i]);
-        }
+        a[i] = sums[i].add(valid, open, both, a[i], a[i], around[i], factor[i], kShrinks);
+        if (!kTokens && weighted[i]) combined = valid.add(combined, weight_of[i] * a[i]);
       }
-      if (kTokens) {
-        M at_low{};
-#pragma GCC unroll 4
-        for (int i = 0; i < kN; ++i) at_low = open.equal(a[i], low).add(at_low, M{} + 1);
-        const V share = inverse(at_low);
-#pragma GCC unroll 4
-        for (int i = 0; i < kN; ++i) share_sum[i] = open.equal(a[i], low).add(share_sum[i], share);
-        combined = open.either(low, combined);
-        value_sum = open.add(value_sum, low);
-        open_count += open.count();
+      if constexpr (kTokens) {
+        combined = tokens.add(kN, a, valid, open, even);
+        active_count += open.count();
       }
       if (kTokens || combine) at(out, k) = combined;
     }
@@ -148,8 +147,8 @@ class Streamer : protected Combiner<C> {
 #pragma GCC unroll 4
     for (int i = 0; i < kN; ++i) plain &= conclude_plain(i, sums[i], centre[i], valid_count, false, here[i]);
     for (int i = 0; i < kN && plain; ++i) merge(m[i], here[i]);
-    if (kTokens && plain)
-      this->add_plain_shares(kN, share_sum, value_sum, valid_count - open_count, valid_count, *shares);
+    if constexpr (kTokens)
+      if (plain) this->template add_shares<kN>(kN, tokens, valid_count, active_count, *shares);
     return plain;
   }
 
