@@ -19,6 +19,7 @@ from pama_ext import Normalize, combine
 COUNTS = (2, 3, 4, 5)
 LEVELS = ("batch", "token")
 LENGTHS = (TILE, TILE + 16, 3 * TILE, 4 * TILE + 5)  # the first tile is half as long if there are several
+OTHERS = ({"skip_inactive": True}, {"noon": False}, {"nan": "propagate"}, {"solver": "min_norm"}, {"clip_high": 0.0})
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -41,8 +42,9 @@ def assert_the_way_does_not_show(x: torch.Tensor, **options) -> None:
 def test_side_by_side_or_not(n, dtype, level):
     for length in LENGTHS:
         x, given_tokens = tokens(n, length, dtype)
-        assert_the_way_does_not_show(x, level=level, **given_tokens)
-        assert_the_way_does_not_show(x, level=level, reward_weights=torch.linspace(0.3, 1.7, n), **given_tokens)
+        weights = torch.linspace(0.3, 1.7, n)
+        for options in ({}, {"reward_weights": weights}, {"solver": "fixed", "reward_weights": weights - 1}, *OTHERS):
+            assert_the_way_does_not_show(x, level=level, **options, **given_tokens)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -143,10 +145,10 @@ def test_what_is_not_finite_is_left_to_others(garbage, level):
                 )
 
 
-@settings(max_examples=60, **UNTIL_SHARED)
+@settings(max_examples=300, **UNTIL_SHARED)
 @given(
     n=st.sampled_from(COUNTS),
-    length=st.integers(TILE, 5 * TILE),
+    length=st.sampled_from(LENGTHS[1:]),
     level=st.sampled_from(LEVELS),
     dtype=st.sampled_from(DTYPES),
     options=st.fixed_dictionaries({"nan": st.sampled_from(("ignore", "propagate")), "noon": st.booleans()}),

@@ -72,6 +72,17 @@ def test_a_token_without_data_is_a_token_behind_the_mask(instructions, n, in_pla
             assert_close(result.value, expected.value, what="value")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_those_that_tie_share_evenly(instructions, dtype):
+    for n in COUNTS:
+        for ties in range(1, n + 1):
+            x = torch.full((64, n), 2.0, dtype=dtype)
+            x[:, :ties] = 1.0
+            expected = torch.zeros(n, dtype=dtype)
+            expected[:ties] = 1 / ties
+            torch.testing.assert_close(combine(x, level="token").weights, expected, rtol=1e-6, atol=0.0)
+
+
 @pytest.mark.parametrize("solver", ["closed_form", "min_norm"])
 @pytest.mark.parametrize("n", COUNTS)
 def test_a_token_is_combined_to_what_is_nearest_to_0(instructions, n, solver):
