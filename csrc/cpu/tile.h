@@ -21,9 +21,9 @@ inline void fill(T* x, int first, int last, U value) {
   for (int k = first; k < last; ++k) x[k] = value;
 }
 
-// A tile of one array stays in the first-level cache, but of many objectives it is not so short that what there is to
-// do once for each tile and objective would count.
-constexpr int kTileBytes = 20 * 1024, kTileTokens = 1040, kShortestBytes = 2048;
+// A tile and what is prefetched of the next stay in the first-level cache; but of many objectives it is not so short
+// that what there is to do once for each tile and objective would count. 1024 tokens of five objectives are one tile.
+constexpr int kTileBytes = 21 * 1024, kTileTokens = 1040, kShortestBytes = 2048;
 
 // Objective i, token t of the tile stands at [i * stride + t]. Entries beyond the tile's last token are not valid.
 template <class C>
