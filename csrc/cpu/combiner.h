@@ -206,6 +206,8 @@ class Combiner : protected Observer<C> {
     }
   };
 
+  // Of `used` tokens those that are not active share evenly. The sums are known to the compiler here, so that they may
+  // stay in registers until now.
   template <int kN>
   inline __attribute__((always_inline)) void add_shares(int n, const TokenSums<kN>& sums, int64_t used, int64_t active,
                                                         TokenShares& shares) {
