@@ -20,7 +20,7 @@ struct Block {
   std::atomic<int> references{1};
   DLTensor tensor{};                          // where it is, and its dtype
   DLManagedTensorVersioned* owner = nullptr;  // CUDA: torch's allocation. CPU: null, the memory follows this struct
-  int64_t capacity = 0;                       // in bytes, if it is large: worth keeping
+  int64_t capacity = 0;                       // in bytes, if it is worth keeping
   // For the packed results:
   int64_t n = 0, solves = 0;
   bool per_row = false;  // many solves: weights [B, N] and value [B], or [G, N] and [G]
@@ -29,11 +29,13 @@ struct Block {
   void* data() const { return static_cast<char*>(tensor.data) + tensor.byte_offset; }
 };
 
-// Large blocks of the CPU that were released last, up to a quarter of a GiB. Fresh memory costs a page fault per page,
-// which takes longer than all that this package computes; a training loop asks for the same sizes over and over.
+// Blocks of the CPU that were released last, up to a quarter of a GiB. Fresh memory costs a page fault per page, which
+// takes longer than all that this package computes; a training loop asks for the same sizes over and over. malloc gives
+// pages back whenever enough is free above them, such as the temporaries of an eager trainer.
 class Kept {
  public:
-  static constexpr int64_t kPage = 2 << 20, kFrom = 2 * kPage;  // from two huge pages on
+  static constexpr int64_t kFrom = 128 << 10;    // bytes; smaller ones take malloc's own lists and few pages
+  static constexpr int64_t kHugePage = 2 << 20;  // bytes
 
   Block* take(int64_t bytes) {
     const std::lock_guard lock(mutex);
@@ -52,7 +54,7 @@ class Kept {
     if (block->capacity > kMost) return false;
     const std::lock_guard lock(mutex);
     blocks.push_back(block);
-    for (total += block->capacity; total > kMost; blocks.pop_front()) {
+    for (total += block->capacity; total > kMost || blocks.size() > kBlocks; blocks.pop_front()) {
       total -= blocks.front()->capacity;
       ::operator delete(blocks.front());
     }
@@ -60,7 +62,8 @@ class Kept {
   }
 
  private:
-  static constexpr int64_t kMost = 256 << 20;
+  static constexpr int64_t kMost = 256 << 20;  // bytes
+  static constexpr size_t kBlocks = 64;        // few enough to look through
   std::mutex mutex;
   std::deque<Block*> blocks;  // the oldest first
   int64_t total = 0;          // bytes
@@ -81,7 +84,8 @@ void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_
 
 // torch's CPU allocator behind its table takes a third of a microsecond a tensor; operator new takes a tenth of that.
 Block* allocate(int64_t bytes, DLDataType dtype, pama::Device device) {
-  const bool cuda = device.type == pama::DeviceType::kCUDA, large = !cuda && bytes >= Kept::kFrom;
+  const bool cuda = device.type == pama::DeviceType::kCUDA, keep = !cuda && bytes >= Kept::kFrom;
+  const bool huge = keep && bytes >= Kept::kHugePage;
   DLTensor tensor{};
   tensor.dtype = dtype;
   tensor.device = {cuda ? kDLCUDA : kDLCPU, device.index};
@@ -95,7 +99,7 @@ Block* allocate(int64_t bytes, DLDataType dtype, pama::Device device) {
     tensor.data = owner->dl_tensor.data;
     tensor.byte_offset = owner->dl_tensor.byte_offset;
   }
-  if (large) {
+  if (keep) {
     if (Block* block = kept().take(bytes)) {
       tensor.data = block->tensor.data;
       const int64_t capacity = block->capacity;
@@ -105,19 +109,20 @@ Block* allocate(int64_t bytes, DLDataType dtype, pama::Device device) {
       return block;
     }
   }
-  const uintptr_t alignment = large ? Kept::kPage : 64;  // torch's; by hand, since glibc is slow at aligned allocation
+  const uintptr_t alignment =
+      huge ? Kept::kHugePage : 64;  // torch's; by hand, since glibc is slow at aligned allocation
   void* memory = ::operator new(sizeof(Block) + (cuda ? 0 : alignment + bytes));
   if (!cuda) {
     const uintptr_t behind = reinterpret_cast<uintptr_t>(memory) + sizeof(Block);
     tensor.data = reinterpret_cast<void*>((behind + alignment - 1) / alignment * alignment);
   }
 #ifdef MADV_HUGEPAGE
-  if (large) madvise(tensor.data, bytes / Kept::kPage * Kept::kPage, MADV_HUGEPAGE);  // a wish: it may fail
+  if (huge) madvise(tensor.data, bytes / Kept::kHugePage * Kept::kHugePage, MADV_HUGEPAGE);  // a wish: it may fail
 #endif
   Block* block = new (memory) Block;
   block->tensor = tensor;
   block->owner = owner;
-  block->capacity = large ? bytes : 0;
+  block->capacity = keep ? bytes : 0;
   return block;
 }
 

@@ -7,6 +7,7 @@ import gc
 import inspect
 import itertools
 import pickle
+import resource
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from cases import DTYPES, LEVELS, make
 from compare import assert_same_bits, assert_same_result, compute_dtype
 from torch.utils import _pytree as pytree
 
-from pama_ext import Combined, ObjectiveStats, combine, combine_
+from pama_ext import Combined, ObjectiveStats, _C, combine, combine_
 
 FIELDS = ("advantages", "weights", "value", "stats")
 
@@ -128,6 +129,25 @@ def test_fields_outlive_the_result(device, kept):
         combine(junk.values, **junk.options)
     for a, b in zip(pytree.tree_leaves(field), pytree.tree_leaves(expected), strict=True):
         assert_same_bits(a, b)
+
+
+@pytest.mark.skipif(not _C.has_door(), reason="this torch has no exchange table")
+@pytest.mark.parametrize("tokens", [1 << 16, 1 << 19, 3 << 19, 1 << 22])  # 256 KB to 16 MB
+def test_memory_of_a_result_is_used_again_whatever_is_freed_in_between(tokens):
+    """An eager trainer frees large temporaries, and malloc gives what is free to the system: pages would come anew."""
+
+    def faults() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+    values, found = torch.ones(tokens, 2), []
+    for _ in range(6):
+        temporaries = [torch.ones(4 << 20) for _ in range(8)]
+        del temporaries
+        before = faults()
+        result = combine(values)
+        found.append(faults() - before)
+        del result
+    assert max(found[2:]) < 16, found  # 64 pages or more
 
 
 def test_results_are_collected():
