@@ -15,7 +15,7 @@ from cases import DTYPES, LEVELS, make
 from compare import assert_same_bits, assert_same_result, compute_dtype
 from torch.utils import _pytree as pytree
 
-from pama_ext import Combined, ObjectiveStats, _C, combine, combine_
+from pama_ext import _C, Combined, ObjectiveStats, combine, combine_
 
 FIELDS = ("advantages", "weights", "value", "stats")
 

@@ -1,7 +1,8 @@
-"""Few objectives side by side are observed and combined in one walk over memory; others by way of scratch.
+"""Few objectives, side by side or each by itself, are observed and combined in one walk over memory; others by way of
+scratch.
 
-A list of tensors goes by way of scratch. The arithmetic is one, so the two agree to the bit. Only AVX-512 has registers
-for the walk; without it, the same is asked of what there is.
+Tokens with gaps between them go by way of scratch. The arithmetic is one, so all agree to the bit. Only AVX-512 has
+registers for the walk; without it, the same is asked of what there is.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plain_tiles import UNTIL_SHARED, generator
 
-from pama_ext import Normalize, combine
+from pama_ext import Combined, Normalize, combine
 
 COUNTS = (2, 3, 4, 5)
 LEVELS = ("batch", "token")
@@ -32,14 +33,27 @@ def tokens(n: int, length: int, dtype: torch.dtype = torch.float32) -> tuple[tor
     return x, {"mask": mask, "log_ratio": (0.4 * torch.randn(length, generator=g)).to(dtype)}
 
 
+def spread(x: torch.Tensor) -> torch.Tensor:
+    """The same numbers, in every other place of memory; what is between is no number."""
+    return torch.stack([x, torch.full_like(x, -1 if x.dtype == torch.bool else torch.nan)], -1)[..., 0]
+
+
+def by_way_of_scratch(x: torch.Tensor, **options) -> Combined:
+    return combine([spread(column) for column in x.unbind(-1)], **options)
+
+
 def assert_the_way_does_not_show(x: torch.Tensor, **options) -> None:
-    assert_same_result(combine(x, **options), combine([column.clone() for column in x.unbind(-1)], **options))
+    expected = by_way_of_scratch(x, **options)
+    columns = [column.clone() for column in x.unbind(-1)]
+    assert_same_result(combine(x, **options), expected)
+    assert_same_result(combine(columns, **options), expected)
+    assert_same_result(combine([*columns[:-1], spread(columns[-1])], **options), expected)
 
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", COUNTS)
-def test_side_by_side_or_not(n, dtype, level):
+def test_side_by_side_or_each_by_itself(n, dtype, level):
     for length in LENGTHS:
         x, given_tokens = tokens(n, length, dtype)
         weights = torch.linspace(0.3, 1.7, n)
@@ -68,19 +82,22 @@ def test_wherever_they_start(level):
     for first in range(4):
         rows = slice(first, first + length)
         beside = {name: tensor[rows] for name, tensor in given_tokens.items()}
-        expected = combine([column.clone() for column in x[rows].unbind(-1)], level=level, **beside)
+        expected = by_way_of_scratch(x[rows], level=level, **beside)
+        columns = [torch.cat([column[:first], column])[first:] for column in x[rows].unbind(-1)]
         assert_same_result(combine(x[rows], level=level, **beside), expected)
+        assert_same_result(combine(columns, level=level, **beside), expected)
         for step in (1, 2):
             out = torch.full((length * step + 5,), 7.0)
             place = out[first : first + length * step : step]
-            combine(x[rows], level=level, out=place, **beside)
-            assert_same_bits(place.clone(), expected.advantages)
-            place.fill_(7.0)
-            assert (out == 7).all()
+            for advantages in (x[rows], columns):
+                combine(advantages, level=level, out=place, **beside)
+                assert_same_bits(place.clone(), expected.advantages)
+                place.fill_(7.0)
+                assert (out == 7).all()
     expected = combine(x, level=level, **given_tokens)
     for name, tensor in given_tokens.items():
-        spread = {**given_tokens, name: torch.stack([tensor, tensor.flip(0)], -1)[:, 0]}
-        assert_same_result(combine(x, level=level, **spread), expected)
+        with_gaps = {**given_tokens, name: torch.stack([tensor, tensor.flip(0)], -1)[:, 0]}
+        assert_same_result(combine(x, level=level, **with_gaps), expected)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -96,6 +113,9 @@ def test_rows_with_gaps(gap, level):
         beside[name] = torch.zeros(rows, cols + gap, dtype=tensor.dtype)[:, :cols]
         beside[name][:] = tensor.view(rows, cols)
     assert_same_result(combine(wide[:, :cols], level=level, **beside), expected)
+    columns = [column.clone()[:, :cols] for column in wide.unbind(-1)]
+    assert_same_result(combine(columns, level=level, **beside), expected)
+    assert_same_result(combine([columns[0].clone(), *columns[1:]], level=level, **beside), expected)
 
 
 @pytest.mark.parametrize("level", ["batch", "token", "group"])

@@ -1,5 +1,5 @@
-// Few objectives side by side: parted, observed and combined in registers, in one walk over memory. Included once per
-// instruction set.
+// Few objectives, side by side or each by itself: observed and combined in registers, in one walk over memory. Included
+// once per instruction set.
 #pragma once
 
 #include "combiner.h"
@@ -38,10 +38,10 @@ class Streamer : protected Combiner<C> {
 
   explicit Streamer(const CombineParams& params)
       : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {
-    streams = adjacent && p.n <= kFew && p.noon && p.rows == 1 && !p.order && !p.sums && !p.in_place && !p.marks() &&
+    streams = 1 < p.n && p.n <= kFew && p.noon && p.rows == 1 && !p.order && !p.sums && !p.in_place && !p.marks() &&
               !normalizer.active() && (!p.mask.data || (size_of(p.mask_dtype) == 1 && p.mask.col == 1)) &&
               (!p.log_ratio.data || (p.log_ratio_dtype == p.dtype && p.log_ratio.col == 1));
-    for (int i = 0; i < p.n; ++i) streams &= keeps_sign(i);
+    for (int i = 0; i < p.n; ++i) streams &= keeps_sign(i) && (adjacent || p.advantages[i].col == 1);
     distant = p.tokens() * p.n * size_of(p.dtype) > kNear;
   }
 
@@ -81,7 +81,10 @@ class Streamer : protected Combiner<C> {
   template <int kN, bool kTokens, bool kShrinks, class S>
   bool walk(int64_t t, int count, Moments* m, bool combine, TokenShares* shares, C* out) {
     using Mask = Where<V, M>;
-    const S* const src = pama::PAMA_ISA::at<const S>(p.advantages[0], 0, t);
+    // Vector r of the objectives side by side, or of objective r.
+    const S* row[kN];
+    const int step = adjacent ? kN : 1;
+    const bool side_by_side = adjacent;
     // What is not there is made up, so that the loop need not ask.
     alignas(64) S none[kTileTokens];
     const auto* mask = reinterpret_cast<const uint8_t*>(tile.valid);
@@ -106,6 +109,8 @@ class Streamer : protected Combiner<C> {
     int valid_count = 0, active_count = 0;
 #pragma GCC unroll 4
     for (int i = 0; i < kN; ++i) {
+      row[i] = side_by_side ? pama::PAMA_ISA::at<const S>(p.advantages[0], 0, t) + i * kLanes
+                            : pama::PAMA_ISA::at<const S>(p.advantages[i], 0, t);
       sums[i].clear();
       centre[i] = centre_of(m[i].mean);
       around[i] = all(centre[i]);
@@ -117,20 +122,20 @@ class Streamer : protected Combiner<C> {
       weighted[wanted[j]] = true;
       weight_of[wanted[j]] = all(weight[j]);
     }
-    const S *const src_ahead = src + kAhead / sizeof(S), *const log_ratio_ahead = log_ratio + kAhead / sizeof(S) / kN;
+    constexpr int64_t kTokensAhead = kAhead / sizeof(S) / kN;
     for (int k = 0; k < count; k += kLanes) {
       if (distant) {
 #pragma GCC unroll 4
-        for (int r = 0; r < kN; ++r) __builtin_prefetch(src_ahead + k * kN + r * kLanes);
-        __builtin_prefetch(log_ratio_ahead + k);
+        for (int r = 0; r < kN; ++r) __builtin_prefetch(row[r] + (k + kTokensAhead) * step);
+        __builtin_prefetch(log_ratio + k + kTokensAhead);
       }
       const Mask valid = Mask::nonzero(mask + k), open = valid.at_most(load_vector<C>(log_ratio + k), high);
       const M both = counted(open);
       valid_count += valid.count();
       V rows[kN], a[kN], combined{};
 #pragma GCC unroll 4
-      for (int r = 0; r < kN; ++r) rows[r] = load_vector<C>(src + k * kN + r * kLanes);
-      part<kN, C>(rows, [&](int i, V entry) { a[i] = entry; });
+      for (int r = 0; r < kN; ++r) a[r] = rows[r] = load_vector<C>(row[r] + k * step);
+      if (side_by_side) part<kN, C>(rows, [&](int i, V entry) { a[i] = entry; });
 #pragma GCC unroll 4
       for (int i = 0; i < kN; ++i) {
         a[i] = sums[i].add(valid, open, both, a[i], a[i], around[i], factor[i], kShrinks);
