@@ -2,6 +2,8 @@
 //
 // The tokens are cut into parts whose number depends on the problem alone, and the parts' moments merge in order: the
 // statistics and weights are the same bits whatever the number of threads.
+#include <unistd.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -252,6 +254,15 @@ class Run {
 };
 
 }  // namespace
+
+int64_t first_level_cache() {
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+  static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);  // asked once: a virtual machine takes its time
+  return bytes;
+#else
+  return 0;
+#endif
+}
 
 const CpuKernels& active_kernels() { return *active(); }
 

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "isa.h"
 #include "lanes.h"
 #include "normalize_kernel.h"
 #include "pama/indicator.h"
@@ -38,6 +39,7 @@ class Observer {
         stride(Tile<C>::stride_for(params.n)),
         floor(params.noon ? C{0} : -kInf),
         propagate(M{} - (params.propagate ? 1 : 0)),
+        roomy(first_level_cache() >= 2 * kTileBytes),
         normalizer(params) {
     lower_gates = !p.noon || p.propagate || normalizer.active();
     shrinks = false;
@@ -229,18 +231,20 @@ class Observer {
     const char *const here = tile.ahead[i], *const next = tile.ahead[i + kMany - 1];
     const char *const gates = tile.beside[0], *const mask = tile.beside[1], *const out = tile.beside[2];
     const bool shrinking = shrinks;
+    const bool near = roomy;
+    const auto fetch = [near](const char* x) { near ? __builtin_prefetch(x) : __builtin_prefetch(x, 0, 2); };
     int64_t ahead = 0;
     for (int k = 0; k < count; k += kLanes, ahead += ahead_step) {
       if (i == 0) {
-        __builtin_prefetch(gates + ahead);
-        __builtin_prefetch(mask + ahead);
+        fetch(gates + ahead);
+        fetch(mask + ahead);
         __builtin_prefetch(out + ahead);
       }
       const Where<V, M> valid(vec(tile.valid + k)), open(vec(tile.not_above + k));
       const M both = counted(open);
 #pragma GCC unroll 2
       for (int j = 0; j < kMany; ++j) {
-        __builtin_prefetch((j ? next : here) + ahead);
+        fetch((j ? next : here) + ahead);
         const V entry = vec(x + j * step + k), processed = kNormal ? vec(tile.normal + k) : entry;
         const V advantage = sums[j].add(valid, open, both, entry, processed, around[j], factor[j], shrinking);
         if (kNormal) sums[j].deviation += valid.only((processed + advantage) * 0);  // NaN if one is not finite
@@ -286,6 +290,7 @@ class Observer {
   const int stride;
   const C floor;      // Noon: max(A, 0); otherwise -inf
   const M propagate;  // all ones if non-finite entries take part
+  const bool roomy;   // the first-level cache holds the next tile too; else that is prefetched into the second
   C scale[kMaxObjectives];
   bool lower_gates;  // whether an A_i may be negative or NaN
   bool shrinks;      // whether a scale is below 1
