@@ -61,7 +61,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
             out = at_the_end(torch.empty(tokens, dtype=dtype))
             for level in ("batch", "token"):
                 combine(x, mask=mask, log_ratio=log_ratio, out=out, level=level)
-                combine([at_the_end(c) for c in x.unbind(-1)], mask=mask, log_ratio=log_ratio, out=out, level=level)
+                columns = [at_the_end(c) for c in x.unbind(-1)]
+                combine(columns, mask=at_the_end(mask.long()), log_ratio=log_ratio, out=out, level=level)
             kept.clear()
     for length in (1, 16, 33):
         values = at_the_end(torch.randn(3, length, 3).to(dtype))

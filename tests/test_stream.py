@@ -63,7 +63,9 @@ def test_side_by_side_or_each_by_itself(n, dtype, level):
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("log_ratio", [None, torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("mask", [None, torch.bool, torch.int8, torch.int32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "mask", [None, torch.bool, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float64], ids=str
+)
 def test_what_stands_beside_them(mask, log_ratio, level):
     x, given_tokens = tokens(3, 4 * TILE)
     options = {}
@@ -118,6 +120,35 @@ def test_rows_with_gaps(gap, level):
     assert_same_result(combine([columns[0].clone(), *columns[1:]], level=level, **beside), expected)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("name", ["mask", "int64 mask", "log_ratio", "out", "one objective"])
+def test_one_tensor_whose_rows_have_gaps(name, level):
+    """As a response's part of the mask of prompt and response has; what has none is walked over all the same."""
+    rows, cols = 5, TILE + 48
+    x, given_tokens = tokens(3, rows * cols)
+    beside = {key: tensor.view(rows, cols) for key, tensor in given_tokens.items()}
+    expected = by_way_of_scratch(x.view(rows, cols, 3), level=level, **beside)
+
+    def with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+        wide = torch.ones(rows, cols + 7, dtype=tensor.dtype)
+        wide[:, 7:] = tensor
+        return wide[:, 7:]
+
+    columns = [column.view(rows, cols).clone() for column in x.unbind(-1)]
+    if name == "int64 mask":
+        beside["mask"] = with_gaps(beside["mask"].long())
+    elif name == "out":
+        beside["out"] = with_gaps(torch.zeros(rows, cols))
+    elif name == "one objective":
+        columns[1] = with_gaps(columns[1])
+    else:
+        beside[name] = with_gaps(beside[name])
+    for advantages in (x.view(rows, cols, 3), columns):
+        assert_same_result(combine(advantages, level=level, **beside), expected)
+    if name == "out":
+        assert (beside["out"]._base[:, :7] == 1).all()
+
+
 @pytest.mark.parametrize("level", ["batch", "token", "group"])
 @pytest.mark.parametrize("by", ["none", "batch", "group"])
 @pytest.mark.parametrize("over", ["tokens", "row_sums"])
@@ -136,9 +167,10 @@ def test_statistics_alone(level):
     """Where the combination waits for a solve: of a row, or because what ties cannot be guessed."""
     x, given_tokens = tokens(3, 6 * TILE)
     x[:, 1] = x[:, 2]
-    beside = {name: tensor.view(1, -1) for name, tensor in given_tokens.items()}
-    normalize = Normalize(group_ids=torch.tensor([7])) if level == "group" else None
-    assert_the_way_does_not_show(x.view(1, -1, 3), level=level, normalize=normalize, **beside)
+    for rows in (1, 2):
+        beside = {name: tensor.view(rows, -1) for name, tensor in given_tokens.items()}
+        normalize = Normalize(group_ids=torch.tensor([7, 5])[:rows]) if level == "group" else None
+        assert_the_way_does_not_show(x.view(rows, -1, 3), level=level, normalize=normalize, **beside)
 
 
 @pytest.mark.parametrize("level", LEVELS)

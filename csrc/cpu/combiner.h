@@ -35,11 +35,14 @@ class Combiner : protected Observer<C> {
   typedef C Unaligned __attribute__((vector_size(PAMA_VECTOR_BYTES), may_alias, aligned(alignof(C))));
   static Unaligned& at(C* x, int k) { return *reinterpret_cast<Unaligned*>(x + k); }
 
+  // Whether each token stands `step` elements behind the one before, in whatever row.
+  bool gapless(const Plane& q, int step) const { return q.col == step && (p.rows == 1 || q.row == p.cols * step); }
+
   // Where the combination of a tile goes: to its place if that is whole vectors of C side by side, else to scratch
   // first.
   template <class S>
   C* destination(int64_t t, int count) {
-    const bool straight = std::is_same_v<S, C> && !p.in_place && p.rows == 1 && !p.order && p.out.col == 1;
+    const bool straight = std::is_same_v<S, C> && !p.in_place && !p.order && gapless(p.out, 1);
     return straight && count % kLanes == 0 ? reinterpret_cast<C*>(p.out.data) + t : tile.out;
   }
 

@@ -20,6 +20,7 @@ class Streamer : protected Combiner<C> {
   using Combiner<C>::centre_of;
   using Combiner<C>::conclude_plain;
   using Combiner<C>::counted;
+  using Combiner<C>::gapless;
   using Combiner<C>::keeps_sign;
   using Combiner<C>::kInf;
   using Combiner<C>::kLanes;
@@ -38,10 +39,10 @@ class Streamer : protected Combiner<C> {
 
   explicit Streamer(const CombineParams& params)
       : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {
-    streams = 1 < p.n && p.n <= kFew && p.noon && p.rows == 1 && !p.order && !p.sums && !p.in_place && !p.marks() &&
-              !normalizer.active() && (!p.mask.data || (size_of(p.mask_dtype) == 1 && p.mask.col == 1)) &&
-              (!p.log_ratio.data || (p.log_ratio_dtype == p.dtype && p.log_ratio.col == 1));
-    for (int i = 0; i < p.n; ++i) streams &= keeps_sign(i) && (adjacent || p.advantages[i].col == 1);
+    streams = 1 < p.n && p.n <= kFew && p.noon && !p.order && !p.sums && !p.in_place && !p.marks() &&
+              !normalizer.active() && (!p.log_ratio.data || (p.log_ratio_dtype == p.dtype && gapless(p.log_ratio, 1)));
+    for (int i = 0; i < p.n; ++i) streams &= keeps_sign(i) && gapless(p.advantages[i], adjacent ? p.n : 1);
+    reads_mask = p.mask.data && size_of(p.mask_dtype) == 1 && gapless(p.mask, 1);
     distant = p.tokens() * p.n * size_of(p.dtype) > kNear;
   }
 
@@ -85,15 +86,18 @@ class Streamer : protected Combiner<C> {
     const S* row[kN];
     const int step = adjacent ? kN : 1;
     const bool side_by_side = adjacent;
-    // What is not there is made up, so that the loop need not ask.
+    // What is not there, or not so, is made up, so that the loop need not ask.
     alignas(64) S none[kTileTokens];
-    const auto* mask = reinterpret_cast<const uint8_t*>(tile.valid);
-    const S* log_ratio = none;
-    if (p.mask.data) {
+    alignas(64) int8_t set[kTileTokens];
+    const auto* mask = reinterpret_cast<const uint8_t*>(set);
+    if (reads_mask) {
       mask = pama::PAMA_ISA::at<const uint8_t>(p.mask, 0, t);
+    } else if (p.mask.data) {
+      load_mask(p, t, count, set);
     } else {
-      memset(tile.valid, -1, count);
+      memset(set, -1, count);
     }
+    const S* log_ratio = none;
     if (p.log_ratio.data) {
       log_ratio = pama::PAMA_ISA::at<const S>(p.log_ratio, 0, t);
     } else {
@@ -157,7 +161,7 @@ class Streamer : protected Combiner<C> {
     return plain;
   }
 
-  bool streams, distant;
+  bool streams, distant, reads_mask;
 };
 
 }  // namespace PAMA_ISA
