@@ -121,7 +121,7 @@ def test_rows_with_gaps(gap, level):
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize("name", ["mask", "int64 mask", "log_ratio", "out", "one objective"])
+@pytest.mark.parametrize("name", ["mask", "int64 mask", "log_ratio", "out", "objectives", "one of them"])
 def test_one_tensor_whose_rows_have_gaps(name, level):
     """As a response's part of the mask of prompt and response has; what has none is walked over all the same."""
     rows, cols = 5, TILE + 48
@@ -130,20 +130,23 @@ def test_one_tensor_whose_rows_have_gaps(name, level):
     expected = by_way_of_scratch(x.view(rows, cols, 3), level=level, **beside)
 
     def with_gaps(tensor: torch.Tensor) -> torch.Tensor:
-        wide = torch.ones(rows, cols + 7, dtype=tensor.dtype)
+        wide = torch.ones(rows, cols + 7, *tensor.shape[2:], dtype=tensor.dtype)
         wide[:, 7:] = tensor
         return wide[:, 7:]
 
-    columns = [column.view(rows, cols).clone() for column in x.unbind(-1)]
+    x = x.view(rows, cols, 3)
+    columns = [column.clone() for column in x.unbind(-1)]
     if name == "int64 mask":
         beside["mask"] = with_gaps(beside["mask"].long())
     elif name == "out":
         beside["out"] = with_gaps(torch.zeros(rows, cols))
-    elif name == "one objective":
+    elif name == "objectives":
+        x = with_gaps(x)
+    elif name == "one of them":
         columns[1] = with_gaps(columns[1])
     else:
         beside[name] = with_gaps(beside[name])
-    for advantages in (x.view(rows, cols, 3), columns):
+    for advantages in (x, columns):
         assert_same_result(combine(advantages, level=level, **beside), expected)
     if name == "out":
         assert (beside["out"]._base[:, :7] == 1).all()
