@@ -221,7 +221,7 @@ class GaeKernel {
           for_runs(p, first, m, [&](int64_t row, int64_t col, int done, int count) {
             const S* from = at<const S>(planes[i], row, col);
             C* dst = own + done * width;
-            if (adjacent || (width == 1 && planes[i].col == 1)) return load_run<1>(from, 1, count * width, dst);
+            if (adjacent || (width == 1 && planes[i].col == 1)) return load_run(from, 1, count * width, dst);
             for (int k = 0; k < count; ++k) dst[k * width] = Storage<S>::load(from[k * planes[i].col]);
           });
         }

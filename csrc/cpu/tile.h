@@ -85,40 +85,6 @@ inline S* at(const Plane& q, int64_t row, int64_t col) {
   return reinterpret_cast<S*>(q.data) + row * q.row + col * q.col;
 }
 
-// Step 0: any; the others are known to the compiler, which makes shuffles of them.
-template <int kStep, class S, class C>
-void load_run(const S* __restrict src, int64_t step, int m, C* __restrict dst) {
-  if constexpr (kStep > 0) step = kStep;
-  for (int k = 0; k < m; ++k) dst[k] = Storage<S>::load(src[k * step]);
-}
-
-template <class S, class C, class Params>
-void load_plane(const Params& p, const Plane& q, int64_t first, int count, C* dst) {
-  for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
-    const S* src = at<const S>(q, row, col);
-    switch (q.col) {
-      case 1: return load_run<1>(src, 1, m, dst + done);
-      case 2: return load_run<2>(src, 2, m, dst + done);
-      case 3: return load_run<3>(src, 3, m, dst + done);
-      case 4: return load_run<4>(src, 4, m, dst + done);
-      default: return load_run<0>(src, q.col, m, dst + done);
-    }
-  });
-}
-
-template <class S, class C, class Params>
-void store_plane(const Params& p, const Plane& q, int64_t first, int count, const C* src) {
-  for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
-    S* __restrict to = at<S>(q, row, col);
-    const C* __restrict from = src + done;
-    if (q.col == 1) {
-      for (int k = 0; k < m; ++k) to[k] = Storage<S>::store(from[k]);
-    } else {
-      for (int k = 0; k < m; ++k) to[k * q.col] = Storage<S>::store(from[k]);
-    }
-  });
-}
-
 template <class C>
 using Places = std::make_integer_sequence<int, Simd<C>::lanes>;
 
@@ -170,6 +136,54 @@ inline __attribute__((always_inline)) void part(const typename Simd<C>::V* rows,
   }
 }
 
+// Of the same, one vector: of the objective that comes first.
+template <int N, class C>
+inline __attribute__((always_inline)) auto first_of(const typename Simd<C>::V* rows) {
+  if constexpr (N == 1) {
+    return rows[0];
+  } else {
+    constexpr int q = smallest_factor(N);
+    typename Simd<C>::V own[N / q];
+#pragma GCC unroll 8
+    for (int g = 0; g < N / q; ++g) own[g] = every<q, 0, C>(rows + g * q, Places<C>());
+    return first_of<N / q, C>(own);
+  }
+}
+
+// In place, as step 1 is known where it is asked for.
+template <class S, class C>
+inline __attribute__((always_inline)) void load_run(const S* __restrict src, int64_t step, int m, C* __restrict dst) {
+  for (int k = 0; k < m; ++k) dst[k] = Storage<S>::load(src[k * step]);
+}
+
+// Every kStep-th entry by shuffles of whole vectors; not at the last tokens, behind which nothing might be. One copy of
+// each, as they are many.
+template <int kStep, class S, class C>
+__attribute__((noinline)) void load_every(const S* __restrict src, int m, C* __restrict dst) {
+  constexpr int lanes = Simd<C>::lanes;
+  int k = 0;
+  for (; std::is_same_v<S, C> && k + lanes < m; k += lanes) {
+    typename Simd<C>::V rows[kStep];
+#pragma GCC unroll 16
+    for (int r = 0; r < kStep; ++r) memcpy(&rows[r], src + k * kStep + r * lanes, sizeof rows[r]);
+    const auto x = first_of<kStep, C>(rows);
+    memcpy(dst + k, &x, sizeof x);
+  }
+  load_run(src + k * kStep, kStep, m - k, dst + k);
+}
+
+template <class S, class C, class Params>
+void load_plane(const Params& p, const Plane& q, int64_t first, int count, C* dst) {
+  for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
+    const S* src = at<const S>(q, row, col);
+    if (q.col == 1) return load_run(src, 1, m, dst + done);
+    [&]<int... kStep>(std::integer_sequence<int, kStep...>) {
+      const bool known = ((q.col == kStep + 2 && (load_every<kStep + 2>(src, m, dst + done), true)) || ...);
+      if (!known) load_run(src, q.col, m, dst + done);
+    }(std::make_integer_sequence<int, 15>());
+  });
+}
+
 template <class C, class S>
 inline auto load_vector(const S* src) {
   typename Simd<C>::V x;
@@ -177,10 +191,23 @@ inline auto load_vector(const S* src) {
     memcpy(&x, src, sizeof x);
   } else {
     alignas(typename Simd<C>::V) C flat[Simd<C>::lanes];
-    load_run<1>(src, 1, Simd<C>::lanes, flat);
+    load_run(src, 1, Simd<C>::lanes, flat);
     memcpy(&x, flat, sizeof x);
   }
   return x;
+}
+
+template <class S, class C, class Params>
+void store_plane(const Params& p, const Plane& q, int64_t first, int count, const C* src) {
+  for_runs(p, first, count, [&](int64_t row, int64_t col, int done, int m) {
+    S* __restrict to = at<S>(q, row, col);
+    const C* __restrict from = src + done;
+    if (q.col == 1) {
+      for (int k = 0; k < m; ++k) to[k] = Storage<S>::store(from[k]);
+    } else {
+      for (int k = 0; k < m; ++k) to[k * q.col] = Storage<S>::store(from[k]);
+    }
+  });
 }
 
 // Objectives last and adjacent: N of them, in one walk over memory in which a token takes `step` elements: N, or more
