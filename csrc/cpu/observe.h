@@ -42,11 +42,11 @@ class Observer {
         roomy(first_level_cache() >= 2 * kTileBytes),
         normalizer(params) {
     lower_gates = !p.noon || p.propagate || normalizer.active();
-    shrinks = false;
+    scaled = false;
     for (int i = 0; i < p.n; ++i) {
       scale[i] = static_cast<C>(p.scale(i));
       lower_gates |= !keeps_sign(i);
-      shrinks |= scale[i] < 1;
+      scaled |= scale[i] != 1;
     }
   }
 
@@ -67,11 +67,12 @@ class Observer {
       if (normalizer.active()) {
         normalizer.apply(i, first, count, tile.x + i * stride, tile.normal);
         plain |= observe<kKeep, true, 1>(i, count, m) << i;
-      } else if (kTogether > 1 && i + 1 < p.n) {
-        plain |= observe<kKeep, false, kTogether>(i, count, m) << i;
-        i += kTogether - 1;
       } else {
-        plain |= observe<kKeep, false, 1>(i, count, m) << i;
+        const int together = smaller(kTogether, p.n - i);
+        [&]<int... kMany>(std::integer_sequence<int, kMany...>) {
+          ((together == kMany + 1 && (plain |= observe<kKeep, false, kMany + 1>(i, count, m) << i, true)) || ...);
+        }(std::make_integer_sequence<int, kTogether>());
+        i += together - 1;
       }
     }
     return plain;
@@ -107,16 +108,17 @@ class Observer {
       low = all(kInf), high = all(-kInf);
       counts = M{};
     }
-    // Returns A_i. `shrinks`: some factor is below 1, so that A_i may be 0 where the positive part of what is processed
-    // is not.
-    V add(Where<V, M> valid, Where<V, M> open, M both, V entry, V processed, V around, V factor, bool shrinks) {
-      const V d = valid.only(entry - around), part = positive(processed), advantage = part * factor;
+    // Returns A_i. kScaled: some factor is not 1, and where one is smaller A_i may be 0 and the positive part of what
+    // is processed not.
+    template <bool kScaled>
+    V add(Where<V, M> valid, Where<V, M> open, M both, V entry, V processed, V around, V factor) {
+      const V d = valid.only(entry - around), part = positive(processed), advantage = kScaled ? part * factor : part;
       deviation += d;
       squares += d * d;
       low = valid.lower(entry, low);
       high = valid.higher(entry, high);
       active = open.add(active, advantage);
-      if (shrinks) {
+      if (kScaled) {
         counts = valid.nonzero((M)part).add(counts, M{} + 1);
         counts = open.nonzero((M)advantage).add(counts, M{} + kOpen);
       } else {
@@ -147,7 +149,7 @@ class Observer {
 
  private:
   // As many as there are registers for.
-  static constexpr int kTogether = PAMA_VECTOR_BYTES == 64 ? 2 : 1;
+  static constexpr int kTogether = PAMA_VECTOR_BYTES == 64 ? 3 : 1;
 
   // Of kMany objectives from i on. kNormal: what goes on from here is tile.normal; else it is `x` itself.
   template <Keep kKeep, bool kNormal, int kMany>
@@ -158,7 +160,9 @@ class Observer {
       centre[j] = centre_of(known(m[i + j], count) ? m[i + j].mean : mean(tile.x + (i + j) * stride, count));
       fits &= keeps_sign(i + j);
     }
-    const uint64_t plain = fits ? observe_plain<kNormal, kMany>(i, count, centre, m) : 0;
+    const uint64_t plain = !fits    ? 0
+                           : scaled ? observe_plain<kNormal, kMany, true>(i, count, centre, m)
+                                    : observe_plain<kNormal, kMany, false>(i, count, centre, m);
     for (int j = 0; j < kMany; ++j) {
       C* const x = tile.x + (i + j) * stride;
       if (!(plain >> j & 1)) {
@@ -216,21 +220,21 @@ class Observer {
 
   // The same under Noon, of those whose valid entries and A_i are all finite: a bit for each. For others nothing is
   // done.
-  template <bool kNormal, int kMany>
+  template <bool kNormal, int kMany, bool kScaled>
   uint64_t observe_plain(int i, int count, const C* centre, Moments* m) {
     Sums sums[kMany];
     V around[kMany], factor[kMany];
-#pragma GCC unroll 2
+    const char* ahead_of[kMany];
+#pragma GCC unroll 4
     for (int j = 0; j < kMany; ++j) {
       sums[j].clear();
       around[j] = all(centre[j]);
       factor[j] = all(scale[i + j]);
+      ahead_of[j] = tile.ahead[i + j];
     }
     const C* const x = tile.x + i * stride;
     const int64_t step = stride, ahead_step = tile.ahead_step;
-    const char *const here = tile.ahead[i], *const next = tile.ahead[i + kMany - 1];
     const char *const gates = tile.beside[0], *const mask = tile.beside[1], *const out = tile.beside[2];
-    const bool shrinking = shrinks;
     const bool near = roomy;
     const auto fetch = [near](const char* x) { near ? __builtin_prefetch(x) : __builtin_prefetch(x, 0, 2); };
     int64_t ahead = 0;
@@ -242,16 +246,16 @@ class Observer {
       }
       const Where<V, M> valid(vec(tile.valid + k)), open(vec(tile.not_above + k));
       const M both = counted(open);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int j = 0; j < kMany; ++j) {
-        fetch((j ? next : here) + ahead);
+        fetch(ahead_of[j] + ahead);
         const V entry = vec(x + j * step + k), processed = kNormal ? vec(tile.normal + k) : entry;
-        const V advantage = sums[j].add(valid, open, both, entry, processed, around[j], factor[j], shrinking);
+        const V advantage = sums[j].template add<kScaled>(valid, open, both, entry, processed, around[j], factor[j]);
         if (kNormal) sums[j].deviation += valid.only((processed + advantage) * 0);  // NaN if one is not finite
       }
     }
     uint64_t plain = 0;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int j = 0; j < kMany; ++j) {
       Moments moments;
       if (!conclude_plain(i + j, sums[j], centre[j], tile.valid_count, kNormal, moments)) continue;
@@ -293,7 +297,7 @@ class Observer {
   const bool roomy;   // the first-level cache holds the next tile too; else that is prefetched into the second
   C scale[kMaxObjectives];
   bool lower_gates;  // whether an A_i may be negative or NaN
-  bool shrinks;      // whether a scale is below 1
+  bool scaled;       // whether a scale is not 1
   Tile<C> tile;
   Lanes<C> lanes;
   Normalizer<C> normalizer;

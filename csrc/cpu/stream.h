@@ -30,7 +30,7 @@ class Streamer : protected Combiner<C> {
   using Combiner<C>::normalizer;
   using Combiner<C>::p;
   using Combiner<C>::scale;
-  using Combiner<C>::shrinks;
+  using Combiner<C>::scaled;
   using Combiner<C>::tile;
   using Combiner<C>::wanted;
   using Combiner<C>::weight;
@@ -74,12 +74,12 @@ class Streamer : protected Combiner<C> {
   template <int kN, class S>
   bool walk(int64_t t, int count, Moments* m, bool combine, TokenShares* shares, C* out) {
     if (shares)
-      return shrinks ? walk<kN, true, true, S>(t, count, m, combine, shares, out)
-                     : walk<kN, true, false, S>(t, count, m, combine, shares, out);
-    return shrinks ? walk<kN, false, true, S>(t, count, m, combine, shares, out)
-                   : walk<kN, false, false, S>(t, count, m, combine, shares, out);
+      return scaled ? walk<kN, true, true, S>(t, count, m, combine, shares, out)
+                    : walk<kN, true, false, S>(t, count, m, combine, shares, out);
+    return scaled ? walk<kN, false, true, S>(t, count, m, combine, shares, out)
+                  : walk<kN, false, false, S>(t, count, m, combine, shares, out);
   }
-  template <int kN, bool kTokens, bool kShrinks, class S>
+  template <int kN, bool kTokens, bool kScaled, class S>
   bool walk(int64_t t, int count, Moments* m, bool combine, TokenShares* shares, C* out) {
     using Mask = Where<V, M>;
     // Vector r of the objectives side by side, or of objective r.
@@ -142,7 +142,7 @@ class Streamer : protected Combiner<C> {
       if (side_by_side) part<kN, C>(rows, [&](int i, V entry) { a[i] = entry; });
 #pragma GCC unroll 4
       for (int i = 0; i < kN; ++i) {
-        a[i] = sums[i].add(valid, open, both, a[i], a[i], around[i], factor[i], kShrinks);
+        a[i] = sums[i].template add<kScaled>(valid, open, both, a[i], a[i], around[i], factor[i]);
         if (!kTokens && weighted[i]) combined = valid.add(combined, weight_of[i] * a[i]);
       }
       if constexpr (kTokens) {
