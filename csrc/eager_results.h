@@ -31,14 +31,16 @@ struct Block {
 
 // Blocks of the CPU that were released last, up to a quarter of a GiB. Fresh memory costs a page fault per page, which
 // takes longer than all that this package computes; a training loop asks for the same sizes over and over. malloc gives
-// pages back whenever enough is free above them, such as the temporaries of an eager trainer.
+// pages back whenever enough is free above them, such as the temporaries of an eager trainer. Nobody waits here: what
+// another thread held in this moment when the process forked stays held, and the child goes on without.
 class Kept {
  public:
   static constexpr int64_t kFrom = 128 << 10;    // bytes; smaller ones take malloc's own lists and few pages
   static constexpr int64_t kHugePage = 2 << 20;  // bytes
 
   Block* take(int64_t bytes) {
-    const std::lock_guard lock(mutex);
+    const std::unique_lock lock(mutex, std::try_to_lock);
+    if (!lock) return nullptr;
     for (auto at = blocks.rbegin(); at != blocks.rend(); ++at) {
       Block* const block = *at;
       if (block->capacity < bytes || block->capacity > bytes + bytes / 4) continue;
@@ -51,8 +53,8 @@ class Kept {
 
   // True if the block is kept now; the oldest make room.
   bool keep(Block* block) {
-    if (block->capacity > kMost) return false;
-    const std::lock_guard lock(mutex);
+    const std::unique_lock lock(mutex, std::try_to_lock);
+    if (!lock || block->capacity > kMost) return false;
     blocks.push_back(block);
     for (total += block->capacity; total > kMost || blocks.size() > kBlocks; blocks.pop_front()) {
       total -= blocks.front()->capacity;

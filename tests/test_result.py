@@ -150,6 +150,19 @@ def test_memory_of_a_result_is_used_again_whatever_is_freed_in_between(tokens):
     assert max(found[2:]) < 16, found  # 64 pages or more
 
 
+@pytest.mark.skipif(not _C.has_door(), reason="this torch has no exchange table")
+@pytest.mark.parametrize("tokens", [1 << 15, 1 << 16, 1 << 19, 1 << 22])  # 128 KB to 16 MB
+def test_memory_of_a_result_is_kept_for_the_next(tokens):
+    """Else whoever asks for as much in between would have it."""
+    values = torch.ones(tokens, 2)
+    result = combine(values)
+    where = result.advantages.data_ptr()
+    del result
+    between = [torch.ones(tokens) for _ in range(8)]
+    result = combine(values)
+    assert result.advantages.data_ptr() == where and between
+
+
 def test_results_are_collected():
     """Reading fields or not, nothing is kept: counted by the garbage collector's own list of tensors."""
 
