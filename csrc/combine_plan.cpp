@@ -40,13 +40,15 @@ struct Extent {
   bool meets(const Extent& o) const { return data && o.data && data < o.data + o.bytes && o.data < data + bytes; }
 };
 
+// In whatever order the dimensions lie.
 Extent extent(const TensorView* t) {
   if (!t) return {};
-  int64_t size = 1;
-  for (int d = t->ndim - 1; d >= 0; --d) {
-    if (t->sizes[d] != 1 && t->strides[d] != size) return {};
-    size *= t->sizes[d];
-  }
+  int64_t elements = 1, size = 1;
+  for (int d = 0; d < t->ndim; ++d) elements *= t->sizes[d];
+  for (int round = 0; round < t->ndim && size != elements; ++round)
+    for (int d = t->ndim - 1; d >= 0; --d)
+      if (t->sizes[d] != 1 && t->strides[d] == size) size *= t->sizes[d];
+  if (size != elements) return {};
   return {static_cast<const char*>(t->data), size * size_of(t->dtype)};
 }
 

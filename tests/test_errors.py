@@ -161,6 +161,13 @@ def test_out_shares_memory_with_nothing():
         with pytest.raises(ValueError, match="out: shares memory"):
             combine(columns, dim=dim, out=y.view(-1)[3:9].view(shape))
     assert torch.equal(x, torch.ones(6)) and torch.equal(y, torch.ones(6, 2))
+    for first in (torch.ones(2, 6), torch.ones(2, 3, 4)):  # dense, though no dimension stands where it usually does
+        for k in range(2):
+            with pytest.raises(ValueError, match="out: shares memory with advantages"):
+                combine(first.movedim(0, -1), out=first[k])
+    mask = torch.ones(4, 3)
+    with pytest.raises(ValueError, match="out: shares memory with mask"):
+        combine(torch.ones(3, 4, 2), mask=mask.T, out=mask.view(3, 4))
 
 
 def test_unknown_arguments():
