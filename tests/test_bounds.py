@@ -63,6 +63,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
                 combine(x, mask=mask, log_ratio=log_ratio, out=out, level=level)
                 columns = [at_the_end(c) for c in x.unbind(-1)]
                 combine(columns, mask=at_the_end(mask.long()), log_ratio=log_ratio, out=out, level=level)
+            rows = [t.view(2, -1, *t.shape[1:]) for t in (x, mask, log_ratio, out)]
+            combine(rows[0], mask=rows[1], log_ratio=rows[2], out=rows[3], level="sequence")
             kept.clear()
     for length in (1, 16, 33):
         values = at_the_end(torch.randn(3, length, 3).to(dtype))

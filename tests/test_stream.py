@@ -123,7 +123,7 @@ def test_rows_with_gaps(gap, level):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("name", ["mask", "int64 mask", "log_ratio", "out", "objectives", "one of them"])
 def test_one_tensor_whose_rows_have_gaps(name, level):
-    """As a response's part of the mask of prompt and response has; what has none is walked over all the same."""
+    """As a response's part of the mask of prompt and response has; what has none is walked over where it can be."""
     rows, cols = 5, TILE + 48
     x, given_tokens = tokens(3, rows * cols)
     beside = {key: tensor.view(rows, cols) for key, tensor in given_tokens.items()}

@@ -60,7 +60,7 @@ struct CpuKernels {
 
 const CpuKernels& active_kernels();  // of the best instruction set that this machine has
 
-int64_t first_level_cache();  // bytes, of a core's data; 0 if the system does not tell
+int64_t first_level_cache();  // bytes, of a core's data; 0 or less if the system does not tell
 
 // Weights of one pool of tokens; returns s*. Compiled once, for every machine.
 double solve_pool(const CombineParams& p, const Moments* moments, const double* gram, double* weights);
