@@ -82,7 +82,8 @@ class Normalizer {
       const int64_t begin = token(g);
       int64_t end = g;
       while (end < last && token(end + 1) - begin <= stride) ++end;
-      if (end == g) {  // larger than a tile
+      if (equal > 0 && end < last && end - g > kLanes) end = g + (end - g) / kLanes * kLanes;  // a group to a lane
+      if (end == g) {                                                                          // larger than a tile
         Moments of[kMaxObjectives];
         fill(of, 0, p.n, Moments::empty());
         for (int64_t t = begin; t < token(g + 1); t += stride) {
@@ -172,9 +173,27 @@ class Normalizer {
     for (int k = 0; k < count; ++k) to[k] = f(x[k]);
   }
 
+  // Of what each of kLanes groups has, what the entries of vector kRow of these groups, kSize entries each, take.
+  template <int kSize, int kRow, int... kPlaces>
+  static V spread(V x, std::integer_sequence<int, kPlaces...>) {
+    return __builtin_shufflevector(x, x, ((kRow * kLanes + kPlaces) / kSize)...);
+  }
   template <int kSize>
   void equal_runs(int64_t at, const C* __restrict x, C* to, int count) const {
     int k = 0;
+    for (; k + kSize * kLanes <= count; k += kSize * kLanes, at += kLanes) {
+      const V high = vector_at(map.high + at), low = vector_at(map.low + at), factor = vector_at(map.factor + at);
+      [&]<int... kRow>(std::integer_sequence<int, kRow...>) {
+        (
+            [&] {
+              const V y = (vector_at(x + k + kRow * kLanes) - spread<kSize, kRow>(high, Places()) -
+                           spread<kSize, kRow>(low, Places())) *
+                          spread<kSize, kRow>(factor, Places());
+              memcpy(to + k + kRow * kLanes, &y, sizeof y);
+            }(),
+            ...);
+      }(std::make_integer_sequence<int, kSize>());
+    }
     for (; k + kSize <= count; k += kSize, ++at) {
       const Affine<C> f = map[at];
       for (int j = 0; j < kSize; ++j) to[k + j] = f(x[k + j]);
