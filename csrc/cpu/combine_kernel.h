@@ -17,12 +17,15 @@ class Kernel : Streamer<C> {
   using typename Streamer<C>::V;
   using typename Streamer<C>::M;
   using Streamer<C>::adjacent;
+  using Streamer<C>::centre_of;
   using Streamer<C>::gated_at;
   using Streamer<C>::keep;
+  using Streamer<C>::known;
   using Streamer<C>::kLanes;
   using Streamer<C>::lanes;
   using Streamer<C>::lower_gates;
   using Streamer<C>::many;
+  using Streamer<C>::mean;
   using Streamer<C>::normalizer;
   using Streamer<C>::p;
   using Streamer<C>::stride;
@@ -74,7 +77,13 @@ class Kernel : Streamer<C> {
   void moments(int64_t first, int64_t last, Moments* to) {
     tiles(first, last, [&](int64_t t, int count) {
       load_samples<S>(t, count);
-      for (int i = 0; i < p.n; ++i) merge(to[i], normalizer.range(tile, tile.x + i * stride, 0, count));
+      for (int i = 0; i < p.n; ++i) {
+        const C* const x = tile.x + i * stride;
+        const C centre = centre_of(known(to[i], count) ? to[i].mean : mean(x, count));
+        Moments here;
+        if (!this->observe_samples(x, count, centre, here)) here = normalizer.range(tile, x, 0, count, &centre);
+        merge(to[i], here);
+      }
     });
   }
 
@@ -240,7 +249,11 @@ class Kernel : Streamer<C> {
     load_valid(p, t, count, tile);
     load_objectives<S>(p, p.advantages, adjacent, t, count, tile.x, stride);
     if (!p.absent_zero) return;
-    for (int k = 0; k < count; ++k) tile.valid[k] = tile.x[k] == 0 && __builtin_signbit(tile.x[k]) ? 0 : -1;
+    tile.valid_count = 0;
+    for (int k = 0; k < count; ++k) {
+      tile.valid[k] = tile.x[k] == 0 && __builtin_signbit(tile.x[k]) ? 0 : -1;
+      tile.valid_count -= static_cast<int>(tile.valid[k]);
+    }
   }
 
   // Sums of I(A_i) I(A_j), in the upper triangle, and in gram[n * n] the tokens with data. `x` holds A_i on entry and

@@ -114,8 +114,8 @@ class Normalizer {
     }
   }
 
-  // Raw moments of the usable samples [first, last) of a tile.
-  Moments range(const Tile<C>& tile, const C* x, int first, int last) {
+  // Raw moments of the usable samples [first, last) of a tile, around their mean or the centre given.
+  Moments range(const Tile<C>& tile, const C* x, int first, int last, const C* given = nullptr) {
     V total{};
     M counted{}, nonfinite{};
     for (int k = first; k < last; k += kLanes) {
@@ -131,7 +131,7 @@ class Normalizer {
     m.nonfinite = lanes.count(1);
     if (m.count == 0) return m;
     const double n = static_cast<double>(m.count);
-    C centre = static_cast<C>(lanes.sum(2) / n);
+    C centre = given ? *given : static_cast<C>(lanes.sum(2) / n);
     if (!(centre - centre == 0)) centre = 0;  // the sum of huge samples has overflowed
     V deviation{}, squares{}, low = V{} + kInf, high = V{} - kInf;
     for (int k = first; k < last; k += kLanes) {

@@ -97,6 +97,44 @@ class Observer {
     return centre - centre == 0 ? centre : C{0};  // the sum of huge entries has overflowed
   }
 
+  // Of the valid finite entries; if all are finite, without comparisons.
+  double mean(const C* x, int count) {
+    V total{};
+    for (int k = 0; k < count; k += kLanes) total = Where<V, M>(vec(tile.valid + k)).add(total, vec(x + k));
+    lanes.spill(total);
+    if (const double sum = lanes.sum(); sum - sum == 0) return tile.valid_count > 0 ? sum / tile.valid_count : 0.0;
+    total = V{};
+    M counted{};
+    for (int k = 0; k < count; k += kLanes) {
+      const V entry = vec(x + k);
+      const M usable = vec(tile.valid + k) & finite(entry);
+      counted -= usable;
+      total += usable ? entry : V{};
+    }
+    lanes.spill(counted, total);
+    const int64_t n = lanes.count(0);
+    return n > 0 ? lanes.sum(1) / static_cast<double>(n) : 0.0;
+  }
+
+  // Whether all valid entries are finite; then `here` has their moments, and nothing of what follows from them.
+  bool observe_samples(const C* x, int count, C centre, Moments& here) {
+    V deviation{}, squares{}, low = all(kInf), high = all(-kInf);
+    for (int k = 0; k < count; k += kLanes) {
+      const Where<V, M> valid(vec(tile.valid + k));
+      const V entry = vec(x + k), d = valid.only(entry - centre);
+      deviation += d;
+      squares += d * d;
+      low = valid.lower(entry, low);
+      high = valid.higher(entry, high);
+    }
+    lanes.spill(deviation, squares, low, high, V{});
+    here = Moments::empty();
+    here.count = tile.valid_count;
+    const double drift = lanes.sum(0);
+    conclude(here, centre);
+    return drift - drift == 0;
+  }
+
   // What is added up of an objective of which all is plain. Comparisons are what takes the time in
   // observe_carefully(): here a maximum or a test of integers does their work.
   struct Sums {
@@ -273,20 +311,6 @@ class Observer {
       here.max = lanes.template extreme<Larger>(3);
     }
     here.active = lanes.sum(4);
-  }
-
-  double mean(const C* x, int count) {
-    V total{};
-    M counted{};
-    for (int k = 0; k < count; k += kLanes) {
-      const V entry = vec(x + k);
-      const M usable = vec(tile.valid + k) & finite(entry);
-      counted -= usable;
-      total += usable ? entry : V{};
-    }
-    lanes.spill(counted, total);
-    const int64_t n = lanes.count(0);
-    return n > 0 ? lanes.sum(1) / static_cast<double>(n) : 0.0;
   }
 
  protected:
