@@ -221,6 +221,16 @@ def test_every_kind_of_group_and_shape(how, shape, level, dtype, device):
     assert_matches(result, problem, weights=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [2, 4, 8, 16, 32, 64, 24])
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_small_groups_of_one_size(n, size, dtype, instructions):
+    """Of which the kernels take many at once, a group to a lane, and what is left in another way."""
+    problem = make((45 * size, n), dtype, draw=lambda s, g, d: (1 + torch.randn(s, generator=g)).to(d))
+    problem = problem.but(normalize=Normalize(by="group", group_size=size), mask=None)
+    assert_matches(combine(problem.values, **problem.options), problem, weights=False)
+
+
 def test_rewards_around_a_thousand_come_out_at_unit_scale(device):
     rewards = (1000 + torch.tensor([0.0, 0.01]).repeat(32, 1).T.reshape(-1, 1)).to(device)  # 32 of each
     ids = torch.arange(32, device=device).repeat(2)

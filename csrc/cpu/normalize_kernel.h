@@ -63,6 +63,8 @@ class Normalizer {
         case 4: return equal_runs<4>(at + first / 4, x, to, count);
         case 8: return equal_runs<8>(at + first / 8, x, to, count);
         case 16: return equal_runs<16>(at + first / 16, x, to, count);
+        case 32: return equal_runs<32>(at + first / 32, x, to, count);
+        case 64: return equal_runs<64>(at + first / 64, x, to, count);
         default: break;
       }
     }
@@ -258,15 +260,25 @@ class Normalizer {
       case 4: return transposed<4>(i, first, from, total);
       case 8: return transposed<8>(i, first, from, total);
       case 16: return transposed<16>(i, first, from, total);
+      case 32: return transposed<32>(i, first, from, total);
+      case 64: return transposed<64>(i, first, from, total);
       default: return false;
     }
   }
 
   template <int kSize>
   bool transposed(int i, int64_t first, const C* from, Moments& total) {
-    V rows[kSize], places[kSize];
-    memcpy(rows, from, sizeof rows);
-    part<kSize, C>(rows, [&](int place, V x) { places[place] = x; });
+    constexpr int kPart = kSize < kLanes ? kSize : kLanes;  // entries of a group at a time
+    V places[kSize];
+    for (int j = 0; j < kSize; j += kPart) {
+      V rows[kPart];
+      if constexpr (kPart == kSize) {
+        memcpy(rows, from, sizeof rows);
+      } else {
+        for (int l = 0; l < kLanes; ++l) rows[l] = vector_at(from + l * kSize + j);
+      }
+      part<kPart, C>(rows, [&](int place, V x) { places[j + place] = x; });
+    }
     side_by_side<kSize>(i, first, kLanes, places, kSize, total);
     return true;
   }
