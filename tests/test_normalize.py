@@ -226,9 +226,21 @@ def test_every_kind_of_group_and_shape(how, shape, level, dtype, device):
 @pytest.mark.parametrize("n", [1, 3, 5])
 def test_small_groups_of_one_size(n, size, dtype, instructions):
     """Of which the kernels take many at once, a group to a lane, and what is left in another way."""
-    problem = make((45 * size, n), dtype, draw=lambda s, g, d: (1 + torch.randn(s, generator=g)).to(d))
+    problem = make((300 * size, n), dtype, draw=lambda s, g, d: (1 + torch.randn(s, generator=g)).to(d))
     problem = problem.but(normalize=Normalize(by="group", group_size=size), mask=None)
     assert_matches(combine(problem.values, **problem.options), problem, weights=False)
+
+
+def test_what_comes_late_may_be_far_from_what_came_first(instructions):
+    """The square of what lies between them overflows, squares around the mean of either do not."""
+    rewards = torch.zeros(6000, 2)
+    rewards[3000:] = 1e20
+    mask = torch.ones(6000, dtype=torch.bool)
+    mask[1500:4500] = False  # more than is looked at at once
+    options = {"noon": False, "solver": "fixed", "reward_weights": [1.0, 0.0]}
+    result = combine(rewards, mask=mask, normalize=Normalize(by="batch", correction=0), **options)
+    expected = torch.where(mask, torch.where(rewards[:, 0] > 0, 1.0, -1.0), 0.0)
+    torch.testing.assert_close(result.advantages, expected)
 
 
 def test_rewards_around_a_thousand_come_out_at_unit_scale(device):

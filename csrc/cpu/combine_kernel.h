@@ -82,6 +82,7 @@ class Kernel : Streamer<C> {
         const C centre = centre_of(known(to[i], count) ? to[i].mean : mean(x, count));
         Moments here;
         if (!this->observe_samples(x, count, centre, here)) here = normalizer.range(tile, x, 0, count, &centre);
+        if (!(here.m2 - here.m2 == 0)) here = normalizer.range(tile, x, 0, count);  // too far from what came before
         merge(to[i], here);
       }
     });

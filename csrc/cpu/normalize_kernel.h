@@ -84,8 +84,9 @@ class Normalizer {
       const int64_t begin = token(g);
       int64_t end = g;
       while (end < last && token(end + 1) - begin <= stride) ++end;
-      if (equal > 0 && end < last && end - g > kLanes) end = g + (end - g) / kLanes * kLanes;  // a group to a lane
-      if (end == g) {                                                                          // larger than a tile
+      if (equal > 0 && equal <= kSmall && end < last && end - g > kLanes)
+        end = g + (end - g) / kLanes * kLanes;  // a group to a lane
+      if (end == g) {                           // larger than a tile
         Moments of[kMaxObjectives];
         fill(of, 0, p.n, Moments::empty());
         for (int64_t t = begin; t < token(g + 1); t += stride) {
