@@ -71,15 +71,13 @@ class Kept {
   int64_t total = 0;          // bytes
 };
 
-Kept& kept() {  // never destroyed: tensors may outlive the module
-  static Kept* const all = new Kept;
-  return *all;
-}
+// Made at import, not when first asked for, as that would be waited for; never destroyed: tensors may outlive the module.
+Kept& kept = *new Kept;
 
 void Block::release() {
   if (--references) return;
   if (owner && owner->deleter) owner->deleter(owner);
-  if (!capacity || !kept().keep(this)) ::operator delete(this);
+  if (!capacity || !kept.keep(this)) ::operator delete(this);
 }
 
 void set_error(void*, const char*, const char* message) { PyErr_SetString(PyExc_RuntimeError, message); }
@@ -102,7 +100,7 @@ Block* allocate(int64_t bytes, DLDataType dtype, pama::Device device) {
     tensor.byte_offset = owner->dl_tensor.byte_offset;
   }
   if (keep) {
-    if (Block* block = kept().take(bytes)) {
+    if (Block* block = kept.take(bytes)) {
       tensor.data = block->tensor.data;
       const int64_t capacity = block->capacity;
       block = new (block) Block;
