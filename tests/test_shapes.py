@@ -196,3 +196,14 @@ def test_nothing_of_the_size_of_the_input_is_allocated_on_a_gpu(level):
         before = torch.cuda.memory_allocated()
         call()
         assert torch.cuda.max_memory_allocated() - before < values.numel() * values.element_size() / 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("step", range(2, 18))
+def test_columns_of_any_step(step, dtype, instructions):
+    """Loaded by shuffles up to 16 side by side, but for the last tokens: around every number of lanes there is."""
+    for tokens in (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 33, 34, 500):
+        wide = torch.randn(tokens, step, dtype=torch.float64).to(dtype)
+        columns = [wide[:, 0], wide[:, step // 2], wide[:, -1]]
+        expected = combine([column.clone() for column in columns], level="token")
+        assert_same_result(combine(columns, level="token"), expected)
