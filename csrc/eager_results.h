@@ -71,7 +71,8 @@ class Kept {
   int64_t total = 0;          // bytes
 };
 
-// Made at import, not when first asked for, as that would be waited for; never destroyed: tensors may outlive the module.
+// Made at import, as a thread may have to wait for what is made when first asked for; never destroyed, as tensors may
+// outlive the module.
 Kept& kept = *new Kept;
 
 void Block::release() {
