@@ -15,7 +15,6 @@ class Block : Scanner<typename Storage<S>::Compute> {
   using C = typename Storage<S>::Compute;
   using Base = Scanner<C>;
   using Base::p, Base::shared, Base::tile;
-  using typename Base::Entry;
   static constexpr bool kGram = kKind == Kind::kGram;
 
  public:
@@ -32,14 +31,16 @@ class Block : Scanner<typename Storage<S>::Compute> {
     } else {
       pools();
     }
-    if (blockIdx.x == 0 && threadIdx.x < p.n) {
-      if (p.dead) shared.total[threadIdx.x].dead = p.dead[threadIdx.x];
-      write_statistics(shared.total[threadIdx.x], threadIdx.x, p.n, static_cast<C*>(p.packed));
-    }
-    if (p.meeting == Meeting::kCluster) wait_for_all();  // nobody leaves while its shared memory may be read
+    if (!solves_batch()) write_totals();
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    // Nobody leaves while its shared memory may be read.
+    if (p.meeting == Meeting::kCluster) cooperative_groups::this_cluster().barrier_wait();
+#endif
   }
 
  private:
+  __device__ __forceinline__ bool solves_batch() const { return kKind != Kind::kTokens && p.level == Level::kBatch; }
+
   // The run of tokens of this block, in multiples of what is read at once.
   __device__ __forceinline__ void my_tokens(int64_t& first, int64_t& last) const {
     constexpr int kStep = Tile<C>::kStep;
@@ -75,11 +76,15 @@ class Block : Scanner<typename Storage<S>::Compute> {
       if (batch) my_tokens(first, last);
       const int64_t tiles = (last - first + tile.stride - 1) / tile.stride;
       if (kGram) this->clear_gram();
-      if (threadIdx.x < p.n) own = Moments::empty();
+      if (together == 1) this->clear_slices();
       uint64_t wanted = everyone;
       for (int64_t step = 0; step < 2 * tiles || step == tiles; ++step) {
         if (step == tiles) {
-          if (batch) meet(true);
+          if (together == 1) this->merge_slices();
+          if (batch) {
+            keep_total();
+            meet(true);
+          }
           solve_pools(many);
           for (int i = 0; i < p.n && batch; ++i)
             if (!p.marks() && shared.share[i] == C{0}) wanted &= ~(uint64_t{1} << i);
@@ -89,10 +94,16 @@ class Block : Scanner<typename Storage<S>::Compute> {
         const int64_t from = first + (forward ? step : 2 * tiles - 1 - step) * tile.stride;
         const int count = static_cast<int>(min(int64_t{tile.stride}, last - from));
         if (step != tiles) load(from, count, wanted, forward);
-        if (forward) {
-          scan_tile(count, together > 1 ? static_cast<int>(size) : kPiece);
+        if (forward && together > 1) {
+          this->scan_pools(count, static_cast<int>(size));
+        } else if (forward) {
+          scan(count);
+        } else if (together > 1) {
+          weigh_pools(from, count, static_cast<int>(size));
+        } else if (p.plain) {
+          weigh<true>(from, count);
         } else {
-          weigh(from, count, together > 1 ? static_cast<int>(size) : tile.stride);
+          weigh<false>(from, count);
         }
       }
       if (batch) break;
@@ -112,61 +123,75 @@ class Block : Scanner<typename Storage<S>::Compute> {
   __device__ __forceinline__ void tokens() {
     int64_t first, last;
     my_tokens(first, last);
+    const bool plain = p.plain && p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token;
     double low = 0.0, high = 0.0, value = 0.0, used = 0.0;
+    this->clear_slices();
     for (int64_t k = first; k < last; k += tile.stride) {
       const int count = static_cast<int>(min(int64_t{tile.stride}, last - k));
       load(k, count, ~uint64_t{0} >> (64 - p.n), true);
-      scan_tile(count, kPiece);
-      solve_tokens(k, count, low, high, value, used);
+      scan(count);
+      if (p.in_place) __syncthreads();  // the shares take the place of what is scanned
+      if (plain) {
+        solve_plain_tokens(k, count, low, high, value, used);
+      } else {
+        solve_tokens(k, count, low, high, value, used);
+      }
       if (!p.in_place) continue;
       __syncthreads();
       store_tile<S>(p, k, count, tile);
     }
+    this->merge_slices();
+    keep_total();
     write_shares(low, high, value, used);
     meet(false);
     if (blockIdx.x == 0 && !p.per_token) mean_shares();
   }
 
-  // Statistics of a tile in pieces; those of one pool are added up, several pools are kept apart in `part` for the
-  // solve.
-  __device__ __forceinline__ void scan_tile(int count, int piece) {
-    this->scan(count, piece);
-    if (kGram) this->add_gram(count);
-    if (p.tile_pools > 1) return;
-    merge_parts(shared.part, (count + piece - 1) / piece, p.n);
-    if (threadIdx.x < p.n) {
-      const Moments here = shared.part[threadIdx.x];
-      if (kKind == Kind::kTokens || p.level == Level::kBatch) {
-        merge(shared.total[threadIdx.x], here);
-      } else {
-        merge(own, here);
-      }
+  __device__ __forceinline__ void scan(int count) {
+    if (p.plain) {
+      this->template scan_slices<true>(count);
+    } else {
+      this->template scan_slices<false>(count);
     }
-    __syncthreads();
+    if (kGram) this->add_gram(count);
+  }
+
+  // What merge_slices has left is all that this block has.
+  __device__ __forceinline__ void keep_total() {
+    if (threadIdx.x < p.n) shared.total[threadIdx.x] = shared.part[threadIdx.x];
   }
 
   // The weights of the pools of the tile, a thread to a pool, whose moments then join the total.
   __device__ __forceinline__ void solve_pools(int many) {
-    const bool batch = p.level == Level::kBatch;
-    if (!batch && p.tile_pools == 1 && threadIdx.x < p.n) shared.part[threadIdx.x] = own;
+    const Moments* moments = solves_batch() ? met() : shared.part;
+    for (int e = threadIdx.x; e < many * p.n; e += kThreads) shared.weights[e] = moments[e].scalar();
     __syncthreads();
-    const double* gram = kGram ? (batch ? this->merge_grams() : block_gram(p, blockIdx.x)) : nullptr;
+    const double* gram = kGram ? (solves_batch() ? this->merge_grams() : block_gram(p, blockIdx.x)) : nullptr;
     double* scratch = kGram ? block_gram(p, blockIdx.x) + 2 * gram_size(p.n) : nullptr;
     if (threadIdx.x < many) {
-      const Moments* moments = batch ? shared.total : shared.part + threadIdx.x * p.n;
       double* weights = shared.weights + threadIdx.x * p.n;
-      shared.values[threadIdx.x] = solve(p, moments, gram, scratch, weights);
+      shared.values[threadIdx.x] = solve_scalars(p, moments + threadIdx.x * p.n, gram, scratch, weights);
       for (int i = 0; i < p.n; ++i) shared.share[threadIdx.x * p.n + i] = static_cast<C>(weights[i]);
     }
+    if (solves_batch()) write_totals();  // by other threads
     __syncthreads();
-    if (batch) return;
+    if (solves_batch()) return;
     merge_parts(shared.part, many, p.n);
     if (threadIdx.x < p.n) merge(shared.total[threadIdx.x], shared.part[threadIdx.x]);
     __syncthreads();
   }
 
+  // The statistics, by the last threads of the first block.
+  __device__ __forceinline__ void write_totals() const {
+    const int i = threadIdx.x - (kThreads - kMaxObjectives);
+    if (blockIdx.x > 0 || i < 0 || i >= p.n) return;
+    Moments total = met()[i];
+    if (p.dead) total.dead = p.dead[i];
+    write_statistics(total, i, p.n, static_cast<C*>(p.packed));
+  }
+
   // The combination of the tile under the weights of its pools, which have `size` tokens each; in place, the shares.
-  __device__ __forceinline__ void weigh(int64_t first, int count, int size) {
+  __device__ __forceinline__ void weigh_pools(int64_t first, int count, int size) {
     for (int k = threadIdx.x; k < count; k += kThreads) {
       const C* weights = shared.share + k / size * p.n;
       C combined{0};
@@ -175,7 +200,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
         const C weight = weights[i];
         C share{0};
         if (weight != C{0} || p.marks()) {
-          const Entry e = this->entry(i, k);
+          const Entry<C> e = this->entry(i, k);
           present |= e.taken;
           if (e.taken && weight != C{0}) share = weight * e.advantage;
         }
@@ -189,12 +214,112 @@ class Block : Scanner<typename Storage<S>::Compute> {
     store_tile<S>(p, first, count, tile);
   }
 
+  // The same of a tile in one pool.
+  template <bool kPlain>
+  __device__ __forceinline__ void weigh(int64_t first, int count) {
+    const bool together = holds_out(first);
+    for (int k = kQuad * threadIdx.x; k < count; k += kQuad * kThreads) {
+      const unsigned flags = this->flags_of_quad(k);
+      Pack<C, kQuad> combined = {};
+      bool present[kQuad] = {};
+      for (int i = 0; i < p.n; ++i) {
+        const C weight = shared.share[i];
+        if (weight == C{0} && !p.in_place && (kPlain || !p.marks())) continue;
+        Pack<C, kQuad>& x = pack<C, kQuad>(tile.x + i * tile.stride + k);
+        Pack<C, kQuad> shares = x;
+#pragma unroll
+        for (int t = 0; t < kQuad; ++t) {
+          const Entry<C> e = this->template entry<kPlain>(i, k + t, shares.at[t], flags >> 8 * t);
+          present[t] |= e.taken;
+          shares.at[t] = e.taken && weight != C{0} ? weight * e.advantage : C{0};
+          combined.at[t] += shares.at[t];
+        }
+        if (p.in_place) x = shares;
+      }
+      if (!p.in_place) store_quad(first, k, count, combined, present, together);
+    }
+    if (!p.in_place) return;
+    __syncthreads();
+    store_tile<S>(p, first, count, tile);
+  }
+
+  // Whether the combination of the tile that starts at `first` can be stored four tokens at a time.
+  __device__ __forceinline__ bool holds_out(int64_t first) const {
+    return p.out_together && !p.marks() && holds_pack<S, kQuad>(reinterpret_cast<const S*>(p.out.data) + first);
+  }
+
+  __device__ __forceinline__ void store_quad(int64_t first, int k, int count, const Pack<C, kQuad>& combined,
+                                             const bool* present, bool together) const {
+    if (together && k + kQuad <= count) {
+      Pack<S, kQuad> rounded;
+#pragma unroll
+      for (int t = 0; t < kQuad; ++t) rounded.at[t] = Storage<S>::store(combined.at[t]);
+      pack<S, kQuad>(reinterpret_cast<S*>(p.out.data) + first + k) = rounded;
+      return;
+    }
+#pragma unroll
+    for (int t = 0; t < kQuad; ++t)
+      if (k + t < count) store_out(first + k + t, combined.at[t], present[t]);
+  }
+
   __device__ __forceinline__ void store_out(int64_t token, C combined, bool present) const {
     const Token t = token_at(p, token, false);
     if (p.marks()) {
       store_marked<S>(p.out, t, combined, present);
     } else {
       store<S>(p.out, t, combined);
+    }
+  }
+
+  // Level token where no advantage is negative: whoever has the smallest I(A) shares the weight. Four tokens a thread;
+  // else as solve_tokens.
+  __device__ __forceinline__ void solve_plain_tokens(int64_t first, int count, double& mine_low, double& mine_high,
+                                                     double& values, double& used) {
+    const bool together = holds_out(first);
+    const int lane = threadIdx.x % 32;
+    for (int base = kQuad * (threadIdx.x - lane); base < count; base += kQuad * kThreads) {
+      const int k = base + kQuad * lane, at = k < count ? k : base;
+      const unsigned flags = k < count ? this->flags_of_quad(k) : 0;
+      const C inf = static_cast<C>(HUGE_VAL);
+      C low[kQuad] = {inf, inf, inf, inf}, shares[kQuad];
+      int ties[kQuad] = {};
+      for (int i = 0; i < p.n; ++i) {
+        const Pack<C, kQuad> x = pack<C, kQuad>(tile.x + i * tile.stride + at);
+#pragma unroll
+        for (int t = 0; t < kQuad; ++t) {
+          const Entry<C> e = this->template entry<true>(i, at + t, x.at[t], flags >> 8 * t);
+          const C gated = e.taken ? e.gated : inf;
+          ties[t] = gated < low[t] ? 1 : ties[t] + (gated == low[t]);
+          low[t] = gated < low[t] ? gated : low[t];
+        }
+      }
+      Pack<C, kQuad> combined = {};
+      bool present[kQuad];
+#pragma unroll
+      for (int t = 0; t < kQuad; ++t) {
+        present[t] = low[t] < inf;
+        shares[t] = C{1} / static_cast<C>(ties[t]);
+        values += present[t] ? static_cast<double>(low[t]) : 0.0;
+        used += present[t] ? 1.0 : 0.0;
+      }
+      for (int i = 0; i < p.n; ++i) {
+        Pack<C, kQuad>& to = pack<C, kQuad>(tile.x + i * tile.stride + at);
+        Pack<C, kQuad> x = to;
+        C weights{0};
+#pragma unroll
+        for (int t = 0; t < kQuad; ++t) {
+          const Entry<C> e = this->template entry<true>(i, at + t, x.at[t], flags >> 8 * t);
+          const C weight = e.taken && e.gated == low[t] ? shares[t] : C{0};
+          x.at[t] = weight * e.advantage;
+          combined.at[t] += x.at[t];
+          weights += weight;
+        }
+        if (p.in_place && k < count) to = x;
+        const double sum = static_cast<double>(warp_sum(weights));
+        if (lane == i) mine_low += sum;
+        if (lane + 32 == i) mine_high += sum;
+      }
+      if (!p.in_place) store_quad(first, k, count, combined, present, together);
     }
   }
 
@@ -211,7 +336,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
       int at_low = 0, at_high = 0, present = 0, kept = 0;
       bool undefined = false;
       for (int i = 0; i < p.n; ++i) {
-        const Entry e = this->entry(i, k);
+        const Entry<C> e = this->entry(i, k);
         if (!e.taken) continue;
         ++present;
         undefined |= e.gated != e.gated;
@@ -229,7 +354,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
       if (p.solver == Solver::kMinNorm && value < C{0}) value = -value;  // of one token: the closed form
       if (undefined && !fixed) value = nan;
       for (int i = 0; i < p.n; ++i) {
-        const Entry e = this->entry(i, k);
+        const Entry<C> e = this->entry(i, k);
         C c{0};
         if (fixed) {
           c = static_cast<C>(p.fixed_weight(i));
@@ -308,24 +433,28 @@ class Block : Scanner<typename Storage<S>::Compute> {
     return block_moments(p, block);
   }
 
-  // The moments of all blocks, merged into shared.total of every block (`everywhere`) or of the first: a slice of the
-  // blocks to each set of n threads, in block order, then the slices by a tree.
+  // Of all blocks, once they have met.
+  __device__ __forceinline__ const Moments* met() const { return gridDim.x > 1 ? shared.part : shared.total; }
+
+  // The totals of all blocks, merged for every block (`everywhere`) or for the first: a slice of the blocks to each set
+  // of n threads, in block order, then the slices by a tree.
   __device__ __forceinline__ void meet(bool everywhere) {
     if (p.meeting == Meeting::kGrid && threadIdx.x < p.n)
       block_moments(p, blockIdx.x)[threadIdx.x] = shared.total[threadIdx.x];
     wait_for_all();
-    if (gridDim.x == 1 || (!everywhere && blockIdx.x > 0)) return;
+    const bool reads = gridDim.x > 1 && (everywhere || blockIdx.x == 0);
     const int slices = min(kUnits / p.n, static_cast<int>(gridDim.x));
-    for (int e = threadIdx.x; e < slices * p.n; e += kThreads) {
+    for (int e = threadIdx.x; reads && e < slices * p.n; e += kThreads) {
       Moments m = Moments::empty();
       for (int b = e / p.n; b < gridDim.x; b += slices) merge(m, total_of(b)[e % p.n]);
       shared.part[e] = m;
     }
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    if (p.meeting == Meeting::kCluster) cooperative_groups::this_cluster().barrier_arrive();
+#endif
+    if (!reads) return;
     __syncthreads();
     merge_parts(shared.part, slices, p.n);
-    if (p.meeting == Meeting::kCluster && everywhere) wait_for_all();  // all have read what is overwritten now
-    if (threadIdx.x < p.n) shared.total[threadIdx.x] = shared.part[threadIdx.x];
-    __syncthreads();
   }
 
   // Pool `from` of the tile, where the caller looks for solve `to`.
@@ -335,8 +464,6 @@ class Block : Scanner<typename Storage<S>::Compute> {
       weights[to * p.n + i] = static_cast<C>(shared.weights[from * p.n + i]);
     if (threadIdx.x == 0) weights[p.solves() * p.n + to] = static_cast<C>(shared.values[from]);
   }
-
-  Moments own;  // of one pool and one objective
 };
 
 }  // namespace pama

@@ -2,10 +2,10 @@
 // own before and after it (cuda/normalize.cu).
 //
 // Tokens are dealt to blocks in equal runs, and a block takes its run a tile at a time (cuda/tile.cuh); pools (rows,
-// groups) are dealt round robin, small ones several to a tile. In a tile, a warp or a part of it takes a piece of one
-// objective, and what the pieces find meets in trees: in shared memory, then where the blocks meet, always in the same
-// order. No float atomics, so the same input on the same device gives the same bits. Pieces have the same tokens for
-// every objective, so equal objectives get equal bits.
+// groups) are dealt round robin, small ones several to a tile. In a tile, a warp takes a slice of the tokens of some
+// objectives (or a part of one a small pool), and what they find meets in trees: in shared memory, then where the
+// blocks meet, always in the same order. No float atomics, so the same input on the same device gives the same bits.
+// Slices have the same tokens for every objective, so equal objectives get equal bits.
 #include <algorithm>
 #include <stdexcept>
 
@@ -18,6 +18,7 @@ namespace {
 
 constexpr int kBlocksPerSM = 2;
 constexpr int kClusterBlocks = 8;
+constexpr int kSlice = 256;  // tokens that are worth a slice: rather than fewer, a warp takes fewer objectives
 static_assert(kThreads >= kMaxObjectives + 2, "one thread per objective, and two for the sums at level token");
 
 // What is launched. The blocks meet in the cheapest way that their number allows: within a block, in a cluster through
@@ -110,12 +111,28 @@ Access access_of(const CombineParams& p) {
   return Access::kPlanes;
 }
 
+// Whether the tokens of a plane follow each other in memory.
+bool in_a_row(const CombineParams& p, const Plane& q) { return q.col == 1 && (p.rows == 1 || q.row == p.cols); }
+
+// What the kernel may take for granted.
+void plan_entries(CombineParams& p) {
+  p.plain = p.noon && !p.propagate && !p.affine && !p.marks() && (!p.weighted || p.solver == Solver::kFixed);
+  const bool in_order = !p.order && !p.sums;
+  p.gates_together = in_order && !p.normalizes_groups() &&
+                     (!p.mask.data || (in_a_row(p, p.mask) && size_of(p.mask_dtype) == 1)) &&
+                     (!p.log_ratio.data || (in_a_row(p, p.log_ratio) && p.log_ratio_dtype == DType::kFloat32));
+  p.out_together = in_order && p.out.data && in_a_row(p, p.out);
+  p.gate_low = at_least<float>(p.log_low);
+  p.gate_high = at_most<float>(p.log_high);
+}
+
 // Fills the parameters of the launch, with or without clusters; returns the shared memory that it needs.
 template <class C>
 int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared, bool cluster) {
   constexpr int64_t kStep = Tile<C>::kStep;
   const bool gram = p.has_gram(), grouped = p.normalizes_groups();
   p.access = access_of(p);
+  plan_entries(p);
   p.meeting = blocks == 1                                           ? Meeting::kBlock
               : shape_of(p).meeting == Meeting::kCluster && cluster ? Meeting::kCluster
                                                                     : Meeting::kGrid;
@@ -123,19 +140,22 @@ int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared, bool c
   auto rounded = [&](int64_t tokens) { return std::max(kStep, (tokens + kStep - 1) / kStep * kStep); };
   const int64_t fits =
       (most_shared - static_cast<int64_t>(sizeof(Shared<C>))) / Tile<C>::bytes(p.n, gram, grouped, kStep) * kStep;
-  const int64_t most = std::min<int64_t>(fits, kUnits / p.n * kPiece);
+  const int64_t most = std::min<int64_t>(fits, kTileTokens);
   int64_t share = (p.tokens() + blocks - 1) / blocks;
   if (has_pools(p)) {
     const bool equal = p.level == Level::kSequence || p.normalize.groups == Groups::kSize;
     const int64_t size = p.level == Level::kSequence ? p.row_tokens : p.normalize.group_size * p.row_tokens;
     share = equal ? size : most;
-    if (equal && size > 0 && size <= kPiece && !gram) {
+    if (equal && size > 0 && size <= kPoolTokens && !gram) {
       p.tile_pools = static_cast<int>(
           std::max<int64_t>(1, std::min({most / size, int64_t{kUnits / p.n}, (p.pools() + blocks - 1) / blocks})));
       share = p.tile_pools * size;
     }
   }
   p.tile_tokens = static_cast<int>(std::min(most, rounded(share)));
+  p.tile_slices = 1;
+  while (p.tile_slices < kWarps && 2 * p.tile_slices * p.n <= kUnits && 2 * p.tile_slices * kSlice <= p.tile_tokens)
+    p.tile_slices *= 2;
   return sizeof(Shared<C>) + Tile<C>::bytes(p.n, gram, grouped, p.tile_tokens);
 }
 

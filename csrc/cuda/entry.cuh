@@ -91,9 +91,9 @@ __device__ typename Storage<S>::Compute sample_at(const CombineParams& p, int i,
   return Storage<S>::load(element<S>(p.advantages[i], t));
 }
 
-// part[k * n + i] for all k, merged into part[i] by a fixed tree.
+// part[k * n + i] for all k, at most kThreads, merged into part[i] by a fixed tree.
 __device__ inline void merge_parts(Moments* part, int count, int n) {
-  for (int width = 1 << 30; width > 0; width /= 2) {
+  for (int width = kThreads / 2; width > 0; width /= 2) {
     if (width >= count) continue;
     for (int e = threadIdx.x; e < (count - width) * n; e += kThreads) merge(part[e], part[e + width * n]);
     __syncthreads();

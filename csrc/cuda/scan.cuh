@@ -6,9 +6,10 @@
 
 namespace pama {
 
-constexpr int kUnits = 128;  // pieces times objectives in a tile
-constexpr int kPiece = 256;  // tokens of one objective that a warp takes; counts up to that are packed into 10 bits
-static_assert(kUnits >= kMaxObjectives && kPiece < 1 << 10, "see above");
+constexpr int kUnits = 128;           // slices or pools of a tile, times objectives
+constexpr int kPoolTokens = 256;      // of a pool that shares its tile with others
+constexpr int kTileTokens = 1 << 15;  // at most, so that counts fit 16 bits
+static_assert(kUnits >= kMaxObjectives, "a unit for each objective");
 
 __host__ __device__ constexpr int64_t gram_size(int n) { return static_cast<int64_t>(n) * n + 1; }
 
@@ -21,7 +22,7 @@ __host__ __device__ inline int64_t block_bytes(const CombineParams& p) {
 
 template <class C>
 struct Shared {
-  Moments part[kUnits];  // of a piece: [piece, n]
+  Moments part[kUnits];  // of a slice or a pool: [slice, n]
   Moments total[kMaxObjectives];
   double weights[kUnits], values[kUnits];  // of a pool: [pool, n] and [pool]
   double sums[kWarps][kMaxObjectives + 2];
@@ -39,10 +40,92 @@ __device__ inline double* block_sums(const CombineParams& p, int block) {
 __device__ inline double* block_gram(const CombineParams& p, int block) { return block_sums(p, block) + p.n + 2; }
 
 template <class T>
-__device__ T warp_sum(T x) {
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+__device__ T warp_sum(T x, int lanes = 32) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
 }
+__device__ __forceinline__ unsigned warp_sum(unsigned x, int lanes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  if (lanes == 32) return __reduce_add_sync(0xffffffffu, x);
+#endif
+  return warp_sum<unsigned>(x, lanes);
+}
+
+template <class C>
+__device__ bool is_finite(C x) {
+  return fabs(x) < static_cast<C>(HUGE_VAL);
+}
+
+// An entry once it has been processed.
+template <class C>
+struct Entry {
+  C advantage, gated;
+  bool finite, taken, positive, nonzero, clipped;
+};
+
+// What the lanes of a warp, or `lanes` of them, have found in one objective: each in tokens of its own, once to find
+// their mean and once around it. Two counts of 16 bits in one number.
+template <class C>
+struct Sums {
+  C centre{0}, deviation{0}, squares{0}, active{0};
+  C low = static_cast<C>(HUGE_VAL), high = -static_cast<C>(HUGE_VAL);
+  unsigned valid_usable = 0, positive_nonzero = 0, clipped = 0;
+
+  __device__ __forceinline__ void see(C raw, bool valid) {
+    if (valid) valid_usable += 1u << 16;
+    if (valid && is_finite(raw)) {
+      centre += raw;
+      valid_usable += 1;
+    }
+  }
+
+  __device__ __forceinline__ void find_centre(int lanes) {
+    centre = warp_sum(centre, lanes);
+    valid_usable = warp_sum(valid_usable, lanes);
+    const unsigned usable = valid_usable & 0xffff;
+    centre /= static_cast<C>(usable > 0 ? usable : 1);
+    if (!is_finite(centre)) centre = C{0};  // the sum of huge entries has overflowed
+  }
+
+  __device__ __forceinline__ void add(C raw, const Entry<C>& e) {
+    if (e.finite) {
+      const C d = raw - centre;
+      deviation += d;
+      squares += d * d;
+      low = static_cast<C>(fmin(low, raw));
+      high = static_cast<C>(fmax(high, raw));
+    }
+    active += e.gated;
+    if (e.positive) positive_nonzero += 1u << 16;
+    if (e.nonzero) positive_nonzero += 1;
+    if (e.clipped) clipped += 1;
+  }
+
+  __device__ __forceinline__ void meet(int lanes) {
+    for (int offset = lanes / 2; offset > 0; offset /= 2) {
+      deviation += __shfl_xor_sync(0xffffffffu, deviation, offset);
+      squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+      active += __shfl_xor_sync(0xffffffffu, active, offset);
+      low = static_cast<C>(fmin(low, __shfl_xor_sync(0xffffffffu, low, offset)));
+      high = static_cast<C>(fmax(high, __shfl_xor_sync(0xffffffffu, high, offset)));
+    }
+    positive_nonzero = warp_sum(positive_nonzero, lanes);
+    clipped = warp_sum(clipped, lanes);
+  }
+
+  __device__ __forceinline__ Moments moments() const {
+    Moments m = Moments::empty();
+    m.count = valid_usable & 0xffff;
+    m.nonfinite = (valid_usable >> 16) - (valid_usable & 0xffff);
+    m.positive = positive_nonzero >> 16;
+    m.nonzero = positive_nonzero & 0xffff;
+    m.clipped = clipped;
+    m.active = static_cast<double>(active);
+    settle(m, static_cast<double>(centre), static_cast<double>(deviation), static_cast<double>(squares));
+    if (m.count > 0) m.min = static_cast<double>(low), m.max = static_cast<double>(high);
+    return m;
+  }
+};
 
 template <class C>
 class Scanner {
@@ -50,18 +133,22 @@ class Scanner {
   __device__ __forceinline__ Scanner(const CombineParams& params, char* memory)
       : p(params), shared(*reinterpret_cast<Shared<C>*>(memory)), tile(memory + sizeof(Shared<C>), params) {}
 
-  struct Entry {
-    C advantage, gated;
-    bool finite, taken, positive, nonzero;
-  };
-
-  // Objective i at token k of the tile: A after reward_weights, and I(A).
-  __device__ __forceinline__ Entry entry(int i, int k) const {
-    const int flags = tile.flags[k];
-    const C raw = tile.x[i * tile.stride + k];
-    Entry e;
-    e.finite = (flags & kValidFlag) && raw - raw == C{0};
-    e.taken = e.finite || (p.propagate && (flags & kValidFlag));
+  // Objective i at token k of the tile: A after reward_weights, and I(A). Plain: neither normalised nor weighted nor
+  // signed, and NaN is nowhere kept.
+  template <bool kPlain>
+  __device__ __forceinline__ Entry<C> entry(int i, int k, C raw, unsigned flags) const {
+    const bool valid = flags & kValidFlag, not_above = flags & kNotAboveFlag, not_below = flags & kNotBelowFlag;
+    Entry<C> e;
+    e.finite = valid && is_finite(raw);
+    if (kPlain) {
+      e.taken = e.finite;
+      e.positive = e.nonzero = e.finite && raw > C{0};
+      e.clipped = e.positive && !not_above;
+      e.advantage = e.positive ? raw : C{0};
+      e.gated = e.positive && not_above ? raw : C{0};
+      return e;
+    }
+    e.taken = e.finite || (p.propagate && valid);
     C processed = raw;
     if (p.affine && e.taken) {
       const bool grouped = p.normalizes_groups();
@@ -72,70 +159,76 @@ class Scanner {
     const C kept = e.taken ? noon(processed, p.noon ? C{0} : -static_cast<C>(HUGE_VAL)) : C{0};
     e.nonzero = kept != C{0};
     e.advantage = e.taken ? kept * shared.scale[i] : C{0};
-    e.gated = gate(e.advantage, bool(flags & kNotAboveFlag), bool(flags & kNotBelowFlag));
+    e.gated = gate(e.advantage, not_above, not_below);
+    e.clipped = e.nonzero && e.gated == C{0};
     return e;
   }
+  __device__ __forceinline__ Entry<C> entry(int i, int k) const {
+    return entry<false>(i, k, tile.x[i * tile.stride + k], tile.flags[k]);
+  }
 
-  // Statistics of each piece of `piece` tokens and each objective, in part[piece, n]: by as many lanes of a warp as are
-  // worth it, once to find the mean and once around it.
-  __device__ __forceinline__ void scan(int count, int piece) {
+  __device__ __forceinline__ unsigned flags_of_quad(int k) const {
+    return *reinterpret_cast<const unsigned*>(tile.flags + k);
+  }
+
+  __device__ __forceinline__ void clear_slices() {
+    for (int e = threadIdx.x; e < p.tile_slices * p.n; e += kThreads) shared.part[e] = Moments::empty();
+  }
+
+  // Statistics of a tile, added to part[slice, n]: a warp takes a slice of the tokens, of some of the objectives.
+  template <bool kPlain>
+  __device__ __forceinline__ void scan_slices(int count) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int slice = warp % p.tile_slices, objective = warp / p.tile_slices, apart = kWarps / p.tile_slices;
+    const int begin = kQuad * (32 * slice + lane), step = kQuad * 32 * p.tile_slices;
+    Sums<C> own;
+    for (int i = objective, turn = 0; i < p.n; i += apart, ++turn) {
+      const C* x = tile.x + i * tile.stride;
+      Sums<C> sums;
+      for (int k = begin; k < count; k += step) {
+        const auto raw = pack<C, kQuad>(x + k);
+        const unsigned flags = flags_of_quad(k);
+#pragma unroll
+        for (int t = 0; t < kQuad; ++t) sums.see(raw.at[t], flags >> 8 * t & kValidFlag);
+      }
+      sums.find_centre(32);
+      for (int k = begin; k < count; k += step) {
+        const auto raw = pack<C, kQuad>(x + k);
+        const unsigned flags = flags_of_quad(k);
+#pragma unroll
+        for (int t = 0; t < kQuad; ++t)
+          sums.add(raw.at[t], entry<kPlain>(i, k + t, raw.at[t], flags >> 8 * t));
+      }
+      sums.meet(32);
+      if (lane == turn) own = sums;
+    }
+    const int mine = objective + apart * lane;
+    if (mine < p.n) merge(shared.part[slice * p.n + mine], own.moments());
+  }
+
+  // What the slices have found since they were cleared, in part[n].
+  __device__ __forceinline__ void merge_slices() {
+    __syncthreads();
+    merge_parts(shared.part, p.tile_slices, p.n);
+  }
+
+  // Statistics of each pool of `size` tokens and each objective, in part[pool, n]: by as many lanes of a warp as are
+  // worth it.
+  __device__ __forceinline__ void scan_pools(int count, int size) {
     int lanes = 1;
-    while (lanes < 32 && lanes * 2 < piece) lanes *= 2;
-    const int units = (count + piece - 1) / piece * p.n, warp = threadIdx.x / 32, each = 32 / lanes;
+    while (lanes < 32 && lanes * 2 < size) lanes *= 2;
+    const int units = count / size * p.n, warp = threadIdx.x / 32, each = 32 / lanes;
     const int lane = threadIdx.x % lanes;
     for (int base = warp * each; base < units; base += kWarps * each) {
       const int unit = base + threadIdx.x % 32 / lanes, i = unit % p.n;
-      const int begin = unit < units ? unit / p.n * piece : 0, end = unit < units ? min(count, begin + piece) : 0;
+      const int begin = unit < units ? unit / p.n * size : 0, end = unit < units ? begin + size : 0;
       const C* x = tile.x + i * tile.stride;
-      C sum{0}, seen{0};
-      for (int k = begin + lane; k < end; k += lanes) {
-        const bool usable = (tile.flags[k] & kValidFlag) && x[k] - x[k] == C{0};
-        sum += usable ? x[k] : C{0};
-        seen += usable ? C{1} : C{0};
-      }
-      for (int offset = lanes / 2; offset > 0; offset /= 2) {
-        sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-        seen += __shfl_xor_sync(0xffffffffu, seen, offset);
-      }
-      C centre = sum / (seen > C{0} ? seen : C{1});
-      if (!(centre - centre == C{0})) centre = C{0};  // the sum of huge entries has overflowed
-
-      C deviation{0}, squares{0}, active{0}, low = static_cast<C>(HUGE_VAL), high = -low;
-      unsigned found = 0, told = 0;  // count, nonfinite, positive; nonzero, clipped: 10 bits each
-      for (int k = begin + lane; k < end; k += lanes) {
-        const Entry e = entry(i, k);
-        const C d = e.finite ? x[k] - centre : C{0};
-        deviation += d;
-        squares += d * d;
-        low = e.finite && x[k] < low ? x[k] : low;
-        high = e.finite && x[k] > high ? x[k] : high;
-        active += e.gated;
-        found += e.finite ? 1u : (tile.flags[k] & kValidFlag) ? 1u << 10 : 0u;
-        found += e.positive ? 1u << 20 : 0u;
-        told += e.nonzero ? 1u + (e.gated == C{0} ? 1u << 10 : 0u) : 0u;
-      }
-      for (int offset = lanes / 2; offset > 0; offset /= 2) {
-        deviation += __shfl_xor_sync(0xffffffffu, deviation, offset);
-        squares += __shfl_xor_sync(0xffffffffu, squares, offset);
-        active += __shfl_xor_sync(0xffffffffu, active, offset);
-        const C lower = __shfl_xor_sync(0xffffffffu, low, offset), higher = __shfl_xor_sync(0xffffffffu, high, offset);
-        low = lower < low ? lower : low;
-        high = higher > high ? higher : high;
-        found += __shfl_xor_sync(0xffffffffu, found, offset);
-        told += __shfl_xor_sync(0xffffffffu, told, offset);
-      }
-      if (lane == 0 && unit < units) {
-        Moments m = Moments::empty();
-        m.count = found & 1023;
-        m.nonfinite = found >> 10 & 1023;
-        m.positive = found >> 20;
-        m.nonzero = told & 1023;
-        m.clipped = told >> 10;
-        m.active = static_cast<double>(active);
-        settle(m, static_cast<double>(centre), static_cast<double>(deviation), static_cast<double>(squares));
-        if (m.count > 0) m.min = static_cast<double>(low), m.max = static_cast<double>(high);
-        shared.part[unit] = m;
-      }
+      Sums<C> sums;
+      for (int k = begin + lane; k < end; k += lanes) sums.see(x[k], tile.flags[k] & kValidFlag);
+      sums.find_centre(lanes);
+      for (int k = begin + lane; k < end; k += lanes) sums.add(x[k], entry(i, k));
+      sums.meet(lanes);
+      if (lane == 0 && unit < units) shared.part[unit] = sums.moments();
     }
     __syncthreads();
   }
@@ -153,7 +246,7 @@ class Scanner {
     for (int k = threadIdx.x; k < count; k += kThreads) {
       bool any = false;
       for (int i = 0; i < p.n; ++i) {
-        const Entry e = entry(i, k);
+        const Entry<C> e = entry(i, k);
         tile.gated[i * tile.stride + k] = e.gated;
         any |= e.taken;
       }

@@ -7,6 +7,7 @@
 namespace pama {
 
 constexpr int kBytes = 16;  // of one access to device memory
+constexpr int kQuad = 4;    // tokens that a thread works on at once
 
 enum TokenFlags : uint8_t { kValidFlag = 1, kNotAboveFlag = 2, kNotBelowFlag = 4 };
 
@@ -19,6 +20,14 @@ struct alignas(sizeof(T) * kCount < kBytes ? sizeof(T) * kCount : kBytes) Pack {
 template <class T, int kCount>
 __device__ Pack<T, kCount>& pack(T* x) {
   return *reinterpret_cast<Pack<T, kCount>*>(x);
+}
+template <class T, int kCount>
+__device__ const Pack<T, kCount>& pack(const T* x) {
+  return *reinterpret_cast<const Pack<T, kCount>*>(x);
+}
+template <class T, int kCount>
+__device__ bool holds_pack(const T* x) {
+  return reinterpret_cast<uintptr_t>(x) % alignof(Pack<T, kCount>) == 0;
 }
 
 // Where the arrays of a tile stand in shared memory, behind `base`, and how many tokens it has room for.
@@ -131,6 +140,34 @@ __device__ int whole_packs(const CombineParams& p, const Plane& q, int64_t first
   return p.access != Access::kAny && address % kBytes == 0 ? count / kVec * kVec : 0;
 }
 
+// Flags of the tokens from `first` on, four at a time; returns how many that are, none where mask or log_ratio stand
+// otherwise. The last thread takes the first: those before it load advantages meanwhile.
+template <class C>
+__device__ __forceinline__ int load_flags(const CombineParams& p, int64_t first, int count, bool gates,
+                                          const Tile<C>& tile) {
+  const auto* mask = reinterpret_cast<const uint8_t*>(p.mask.data);
+  const auto* log_ratio = gates ? reinterpret_cast<const float*>(p.log_ratio.data) : nullptr;
+  if (!p.gates_together || (mask && !holds_pack<uint8_t, kQuad>(mask + first)) ||
+      (log_ratio && !holds_pack<float, kQuad>(log_ratio + first)))
+    return 0;
+  const int whole = count / kQuad * kQuad;
+#pragma unroll 2
+  for (int k = kQuad * (kThreads - 1 - threadIdx.x); k < whole; k += kQuad * kThreads) {
+    Pack<uint8_t, kQuad> valid = {{1, 1, 1, 1}}, flags;
+    Pack<float, kQuad> log_u = {{}};
+    if (mask) valid = pack<uint8_t, kQuad>(mask + first + k);
+    if (log_ratio) log_u = pack<float, kQuad>(log_ratio + first + k);
+#pragma unroll
+    for (int t = 0; t < kQuad; ++t) {
+      const bool not_above = !log_ratio || log_u.at[t] <= p.gate_high;
+      const bool not_below = !log_ratio || log_u.at[t] >= p.gate_low;
+      flags.at[t] = valid.at[t] ? kValidFlag + not_above * kNotAboveFlag + not_below * kNotBelowFlag : 0;
+    }
+    pack<uint8_t, kQuad>(tile.flags + k) = flags;
+  }
+  return whole;
+}
+
 // The tokens [first, first + count) of those objectives that `wanted` has a bit of, with or without their gates.
 template <class S, class C>
 __device__ __forceinline__ void load_tile(const CombineParams& p, int64_t first, int count, uint64_t wanted, bool gates,
@@ -155,9 +192,10 @@ __device__ __forceinline__ void load_tile(const CombineParams& p, int64_t first,
       }
     }
   }
+  const int flagged = load_flags(p, first, count, gates, tile);
   const bool pools = p.normalizes_groups();
   const int padded = (count + Tile<C>::kStep - 1) / Tile<C>::kStep * Tile<C>::kStep;
-  for (int k = threadIdx.x; k < padded; k += kThreads) {
+  for (int k = min(whole, flagged) + threadIdx.x; k < padded; k += kThreads) {  // what is left, one by one
     uint8_t flags = 0;
     if (k < count) {
       const Token t = token_at(p, first + k, gates);
@@ -166,7 +204,7 @@ __device__ __forceinline__ void load_tile(const CombineParams& p, int64_t first,
       for (int i = 0; i < p.n && k >= whole; ++i)
         if (wanted >> i & 1) tile.x[i * tile.stride + k] = t.valid ? sample_at<S>(p, i, t) : C{0};
     }
-    tile.flags[k] = flags;
+    if (k >= flagged) tile.flags[k] = flags;
   }
 }
 

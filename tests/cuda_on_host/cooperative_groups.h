@@ -6,6 +6,8 @@
 namespace cooperative_groups {
 struct Grid {
   void sync() const { host::wait(host::State::kGrid); }
+  void barrier_arrive() const {}
+  void barrier_wait() const { sync(); }
   template <class T>
   T* map_shared_rank(T* mine, int block) const {
     const char* base = aligned((*host::shared)[blockIdx.x]);

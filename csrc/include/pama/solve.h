@@ -61,20 +61,22 @@ PAMA_HD double solve_closed_form(double* a, uint64_t kept, int n) {
   return undefined ? NAN : project(low, high);
 }
 
-// Weights of one pool of tokens (the batch, a row, a group) from its moments, and for min-norm from `gram`, the sums of
-// I(A_i) I(A_j) and at [n * n] the number of tokens with data; returns s*, for min-norm the norm, a root mean square.
-PAMA_HD double solve(const CombineParams& p, const Moments* m, const double* gram, double* scratch, double* weights) {
+// Weights of one pool of tokens (the batch, a row, a group), where its scalars a_i stand, from its moments, and for
+// min-norm from `gram`, the sums of I(A_i) I(A_j) and at [n * n] the number of tokens with data; returns s*, for min-norm
+// the norm, a root mean square.
+PAMA_HD double solve_scalars(const CombineParams& p, const Moments* m, const double* gram, double* scratch,
+                             double* weights) {
   if (p.solver == Solver::kFixed) {
     double value = 0.0;
     for (int i = 0; i < p.n; ++i) {
+      const double scalar = weights[i];
       weights[i] = p.fixed_weight(i);
-      value += weights[i] != 0.0 ? weights[i] * m[i].scalar() : 0.0;
+      value += weights[i] != 0.0 ? weights[i] * scalar : 0.0;
     }
     return value;
   }
   uint64_t has_data = 0, active = 0;
   for (int i = 0; i < p.n; ++i) {
-    weights[i] = m[i].scalar();
     has_data |= uint64_t{m[i].taken(p.propagate) > 0} << i;
     active |= uint64_t{m[i].nonzero > m[i].clipped} << i;
   }
@@ -82,6 +84,11 @@ PAMA_HD double solve(const CombineParams& p, const Moments* m, const double* gra
   if (p.solver != Solver::kMinNorm) return solve_closed_form(weights, kept, p.n);
   const double tokens = gram[p.n * p.n];
   return MinNorm(gram, p.n, scratch).solve(kept, weights) / sqrt(tokens > 0.0 ? tokens : 1.0);
+}
+
+PAMA_HD double solve(const CombineParams& p, const Moments* m, const double* gram, double* scratch, double* weights) {
+  for (int i = 0; i < p.n; ++i) weights[i] = m[i].scalar();
+  return solve_scalars(p, m, gram, scratch, weights);
 }
 
 }  // namespace pama
