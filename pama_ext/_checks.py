@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MAX_OBJECTIVES = 64
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+HAS_CUDA = bool(_C.cuda_architectures())  # asked here, as torch.compile traces what follows and calls nothing compiled
 
 
 def options(dim: Any, clip_low: Any, clip_high: Any, noon: Any, level: Any, solver: Any, normalize: Any, nan: Any,
@@ -342,7 +343,7 @@ def vector(name: str, tensor: Tensor, n: int, first: Tensor, main: str) -> None:
 
 def served(name: str, tensor: Tensor) -> None:
     """Check that there are kernels for a tensor's device."""
-    if tensor.device.type == "cuda" and not _C.cuda_architectures():
+    if tensor.device.type == "cuda" and not HAS_CUDA:
         raise ValueError(f"{name}: on {tensor.device}, but this build has no CUDA kernels (see PAMA_EXT_CUDA)")
     if tensor.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"{name}: expected a CPU or CUDA tensor, got {tensor.device}")

@@ -10,6 +10,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from pama_ext import Normalize
+
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
 MASKS = [torch.bool, *INTEGERS, *DTYPES]
@@ -93,6 +95,9 @@ class Problem:
 
     def to(self, device: torch.device) -> Problem:
         options = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        if isinstance(normalize := options.get("normalize"), Normalize):
+            groups = {k: g.to(device) for k in ("group_ids", "group_offsets") if (g := getattr(normalize, k)) is not None}
+            options["normalize"] = dataclasses.replace(normalize, **groups)
         return dataclasses.replace(self, values=_moved(self.values, device), options=options)
 
     def but(self, values: Tensor | None = None, layout: str | None = None, **options: Any) -> Problem:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cases import make, normal
 from compare import assert_same_bits
 
-from pama_ext import combine, combine_
+from pama_ext import _checks, combine, combine_
 
 PROBLEM = make((6, 9, 3), draw=normal)
 CALLS = {
@@ -85,6 +87,19 @@ class Module(torch.nn.Module):
     def forward(self, x, mask):
         result = combine(x, mask=mask)
         return result.advantages, result.weights, result.value
+
+
+def test_checks_of_a_gpu_tensor_are_traced(monkeypatch):
+    """Nothing compiled is called on the way, where no GPU is needed to see it."""
+    monkeypatch.setattr(_checks, "HAS_CUDA", True)
+    there = SimpleNamespace(device=torch.device("cuda"))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def f(x):
+        _checks.served("advantages", there)
+        return x + 1
+
+    assert f(torch.ones(1)) == 2
 
 
 @pytest.mark.parametrize("strict", [False, True])

@@ -225,12 +225,12 @@ def test_pools_of_every_size(kernel, n, size):
 
 
 def test_a_missing_barrier_is_noticed(tmp_path):
-    """The negative control: without the barrier between the steps of the tree, the order of threads shows."""
+    """The negative control: without the barrier before slices are merged, the order of threads shows."""
     broken = shutil.copytree(ROOT / "csrc/cuda", tmp_path / "cuda")
-    source = (broken / "entry.cuh").read_text()
-    with_barrier = "    __syncthreads();\n    count = width;"
-    assert source.count(with_barrier) == 1
-    (broken / "entry.cuh").write_text(source.replace(with_barrier, "    count = width;"))
+    source = (broken / "scan.cuh").read_text()
+    start = "void merge_slices() {\n"
+    assert source.count(f"{start}    __syncthreads();") == 1
+    (broken / "scan.cuh").write_text(source.replace(f"{start}    __syncthreads();", start))
     kernel = build(tmp_path, broken)
     results = [run(kernel, *problem((4, 600, 3)), order, level="batch")[1] for order in ORDERS]
     assert any(not torch.equal(results[0], other) for other in results[1:])

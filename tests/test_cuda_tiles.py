@@ -104,7 +104,8 @@ def test_pools_of_every_size(size, n):
     rows = max(4, 40000 // size)
     x, options = problem((rows, size, n))
     compare(x, options, level="sequence")
-    compare(x, options, level="group", normalize=Normalize(by="group", group_size=2 if rows % 2 == 0 else 1))
+    # Of two samples that are normalised the scalars tie, or nearly so: rounding would decide.
+    compare(x, options, level="group", normalize=Normalize(by="group", group_size=4 if rows % 4 == 0 else 1))
     ids = (torch.arange(rows) // 3) * 7919 % 1009
     expected = combine(x, **options, level="group", normalize=Normalize(by="group", group_ids=ids))
     by_ids = Normalize(by="group", group_ids=ids.to(CUDA))

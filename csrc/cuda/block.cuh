@@ -97,7 +97,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
         if (forward && together > 1) {
           this->scan_pools(count, static_cast<int>(size));
         } else if (forward) {
-          scan(count);
+          scan(count, step == 0);
         } else if (together > 1) {
           weigh_pools(from, count, static_cast<int>(size));
         } else if (p.plain) {
@@ -129,8 +129,8 @@ class Block : Scanner<typename Storage<S>::Compute> {
     for (int64_t k = first; k < last; k += tile.stride) {
       const int count = static_cast<int>(min(int64_t{tile.stride}, last - k));
       load(k, count, ~uint64_t{0} >> (64 - p.n), true);
-      scan(count);
-      if (p.in_place) __syncthreads();  // the shares take the place of what is scanned
+      scan(count, k == first);
+      __syncthreads();  // results may take the place of what is scanned
       if (plain) {
         solve_plain_tokens(k, count, low, high, value, used);
       } else {
@@ -147,11 +147,11 @@ class Block : Scanner<typename Storage<S>::Compute> {
     if (blockIdx.x == 0 && !p.per_token) mean_shares();
   }
 
-  __device__ __forceinline__ void scan(int count) {
+  __device__ __forceinline__ void scan(int count, bool first) {
     if (p.plain) {
-      this->template scan_slices<true>(count);
+      this->template scan_slices<true>(count, first);
     } else {
-      this->template scan_slices<false>(count);
+      this->template scan_slices<false>(count, first);
     }
     if (kGram) this->add_gram(count);
   }
@@ -217,11 +217,11 @@ class Block : Scanner<typename Storage<S>::Compute> {
   // The same of a tile in one pool.
   template <bool kPlain>
   __device__ __forceinline__ void weigh(int64_t first, int count) {
-    const bool together = holds_out(first);
+    const int whole = whole_out(first, count);
     for (int k = kQuad * threadIdx.x; k < count; k += kQuad * kThreads) {
       const unsigned flags = this->flags_of_quad(k);
       Pack<C, kQuad> combined = {};
-      bool present[kQuad] = {};
+      unsigned present = 0;
       for (int i = 0; i < p.n; ++i) {
         const C weight = shared.share[i];
         if (weight == C{0} && !p.in_place && (kPlain || !p.marks())) continue;
@@ -229,37 +229,44 @@ class Block : Scanner<typename Storage<S>::Compute> {
         Pack<C, kQuad> shares = x;
 #pragma unroll
         for (int t = 0; t < kQuad; ++t) {
-          const Entry<C> e = this->template entry<kPlain>(i, k + t, shares.at[t], flags >> 8 * t);
-          present[t] |= e.taken;
+          const Entry<C> e = this->template entry<kPlain>(i, k + t, shares.at[t], flags, t);
+          if (e.taken) present |= unsigned{kPresentFlag} << 8 * t;
           shares.at[t] = e.taken && weight != C{0} ? weight * e.advantage : C{0};
           combined.at[t] += shares.at[t];
         }
         if (p.in_place) x = shares;
       }
-      if (!p.in_place) store_quad(first, k, count, combined, present, together);
+      if (!p.in_place) put(first, k, whole, combined, flags | present);
     }
-    if (!p.in_place) return;
+    if (!p.in_place) return store_rest(first, whole, count);
     __syncthreads();
     store_tile<S>(p, first, count, tile);
   }
 
-  // Whether the combination of the tile that starts at `first` can be stored four tokens at a time.
-  __device__ __forceinline__ bool holds_out(int64_t first) const {
-    return p.out_together && !p.marks() && holds_pack<S, kQuad>(reinterpret_cast<const S*>(p.out.data) + first);
+  // How many tokens of the combination of the tile that starts at `first` can be stored four at a time.
+  __device__ __forceinline__ int whole_out(int64_t first, int count) const {
+    const bool aligned = holds_pack<S, kQuad>(reinterpret_cast<const S*>(p.out.data) + first);
+    return p.out_together && !p.marks() && aligned ? count / kQuad * kQuad : 0;
   }
 
-  __device__ __forceinline__ void store_quad(int64_t first, int k, int count, const Pack<C, kQuad>& combined,
-                                             const bool* present, bool together) const {
-    if (together && k + kQuad <= count) {
+  // Four tokens of the combination, to where they go, or into the tile for store_rest.
+  __device__ __forceinline__ void put(int64_t first, int k, int whole, const Pack<C, kQuad>& combined, unsigned flags) {
+    if (k < whole) {
       Pack<S, kQuad> rounded;
 #pragma unroll
       for (int t = 0; t < kQuad; ++t) rounded.at[t] = Storage<S>::store(combined.at[t]);
       pack<S, kQuad>(reinterpret_cast<S*>(p.out.data) + first + k) = rounded;
-      return;
+    } else {
+      pack<C, kQuad>(tile.x + k) = combined;
+      *reinterpret_cast<unsigned*>(tile.flags + k) = flags;
     }
-#pragma unroll
-    for (int t = 0; t < kQuad; ++t)
-      if (k + t < count) store_out(first + k + t, combined.at[t], present[t]);
+  }
+
+  __device__ __forceinline__ void store_rest(int64_t first, int whole, int count) const {
+    if (whole == count) return;
+    __syncthreads();
+    for (int k = whole + threadIdx.x; k < count; k += kThreads)
+      store_out(first + k, tile.x[k], has(tile.flags[k], kPresentFlag));
   }
 
   __device__ __forceinline__ void store_out(int64_t token, C combined, bool present) const {
@@ -275,52 +282,54 @@ class Block : Scanner<typename Storage<S>::Compute> {
   // else as solve_tokens.
   __device__ __forceinline__ void solve_plain_tokens(int64_t first, int count, double& mine_low, double& mine_high,
                                                      double& values, double& used) {
-    const bool together = holds_out(first);
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, whole = whole_out(first, count);
     for (int base = kQuad * (threadIdx.x - lane); base < count; base += kQuad * kThreads) {
-      const int k = base + kQuad * lane, at = k < count ? k : base;
-      const unsigned flags = k < count ? this->flags_of_quad(k) : 0;
+      const int k = base + kQuad * lane;
+      const bool there = k < count;  // all lanes go on, since their sums meet
+      const unsigned flags = there ? this->flags_of_quad(k) : 0;
       const C inf = static_cast<C>(HUGE_VAL);
       C low[kQuad] = {inf, inf, inf, inf}, shares[kQuad];
       int ties[kQuad] = {};
       for (int i = 0; i < p.n; ++i) {
-        const Pack<C, kQuad> x = pack<C, kQuad>(tile.x + i * tile.stride + at);
+        Pack<C, kQuad> x = {};
+        if (there) x = pack<C, kQuad>(tile.x + i * tile.stride + k);
 #pragma unroll
         for (int t = 0; t < kQuad; ++t) {
-          const Entry<C> e = this->template entry<true>(i, at + t, x.at[t], flags >> 8 * t);
+          const Entry<C> e = this->template entry<true>(i, k + t, x.at[t], flags, t);
           const C gated = e.taken ? e.gated : inf;
-          ties[t] = gated < low[t] ? 1 : ties[t] + (gated == low[t]);
-          low[t] = gated < low[t] ? gated : low[t];
+          ties[t] = gated < low[t] ? 1 : gated == low[t] ? ties[t] + 1 : ties[t];
+          low[t] = static_cast<C>(fmin(low[t], gated));
         }
       }
       Pack<C, kQuad> combined = {};
-      bool present[kQuad];
+      C value{0}, present{0};
 #pragma unroll
       for (int t = 0; t < kQuad; ++t) {
-        present[t] = low[t] < inf;
         shares[t] = C{1} / static_cast<C>(ties[t]);
-        values += present[t] ? static_cast<double>(low[t]) : 0.0;
-        used += present[t] ? 1.0 : 0.0;
+        if (low[t] < inf) value += low[t], present += C{1};
       }
+      values += static_cast<double>(value);
+      used += static_cast<double>(present);
       for (int i = 0; i < p.n; ++i) {
-        Pack<C, kQuad>& to = pack<C, kQuad>(tile.x + i * tile.stride + at);
-        Pack<C, kQuad> x = to;
+        Pack<C, kQuad> x = {};
+        if (there) x = pack<C, kQuad>(tile.x + i * tile.stride + k);
         C weights{0};
 #pragma unroll
         for (int t = 0; t < kQuad; ++t) {
-          const Entry<C> e = this->template entry<true>(i, at + t, x.at[t], flags >> 8 * t);
+          const Entry<C> e = this->template entry<true>(i, k + t, x.at[t], flags, t);
           const C weight = e.taken && e.gated == low[t] ? shares[t] : C{0};
           x.at[t] = weight * e.advantage;
           combined.at[t] += x.at[t];
           weights += weight;
         }
-        if (p.in_place && k < count) to = x;
+        if (p.in_place && there) pack<C, kQuad>(tile.x + i * tile.stride + k) = x;
         const double sum = static_cast<double>(warp_sum(weights));
         if (lane == i) mine_low += sum;
         if (lane + 32 == i) mine_high += sum;
       }
-      if (!p.in_place) store_quad(first, k, count, combined, present, together);
+      if (!p.in_place && there) put(first, k, whole, combined, flags);
     }
+    if (!p.in_place) store_rest(first, whole, count);
   }
 
   // Level token: Theorem 1 and the combination, one thread a token. Lane l of a warp keeps the sums of the weights of
@@ -402,12 +411,18 @@ class Block : Scanner<typename Storage<S>::Compute> {
 
   // Mean weights and s* over the tokens with data, by the first block.
   __device__ __forceinline__ void mean_shares() {
-    double sum = 0.0;
-    if (threadIdx.x < p.n + 2)
-      for (int b = 0; b < gridDim.x; ++b) sum += block_sums(p, b)[threadIdx.x];
-    if (threadIdx.x == p.n + 1) shared.sums[0][0] = sum;  // how many tokens have data
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    double* sums = shared.sums[0];
+    __syncthreads();  // they may still be read
+    for (int k = warp; k < p.n + 2; k += kWarps) {
+      double sum = 0.0;
+#pragma unroll 4
+      for (int b = lane; b < gridDim.x; b += 32) sum += block_sums(p, b)[k];
+      sum = warp_sum(sum);
+      if (lane == 0) sums[k] = sum;
+    }
     __syncthreads();
-    const double used = shared.sums[0][0];
+    const double used = sums[p.n + 1], sum = threadIdx.x <= p.n ? sums[threadIdx.x] : 0.0;
     if (threadIdx.x < p.n)
       shared.weights[threadIdx.x] = p.solver == Solver::kFixed ? p.fixed_weight(threadIdx.x)
                                     : used > 0                 ? sum / used
@@ -436,25 +451,37 @@ class Block : Scanner<typename Storage<S>::Compute> {
   // Of all blocks, once they have met.
   __device__ __forceinline__ const Moments* met() const { return gridDim.x > 1 ? shared.part : shared.total; }
 
-  // The totals of all blocks, merged for every block (`everywhere`) or for the first: a slice of the blocks to each set
-  // of n threads, in block order, then the slices by a tree.
+  // The totals of all blocks, merged for every block (`everywhere`) or for the first.
   __device__ __forceinline__ void meet(bool everywhere) {
     if (p.meeting == Meeting::kGrid && threadIdx.x < p.n)
       block_moments(p, blockIdx.x)[threadIdx.x] = shared.total[threadIdx.x];
     wait_for_all();
-    const bool reads = gridDim.x > 1 && (everywhere || blockIdx.x == 0);
-    const int slices = min(kUnits / p.n, static_cast<int>(gridDim.x));
-    for (int e = threadIdx.x; reads && e < slices * p.n; e += kThreads) {
-      Moments m = Moments::empty();
-      for (int b = e / p.n; b < gridDim.x; b += slices) merge(m, total_of(b)[e % p.n]);
-      shared.part[e] = m;
+    if (gridDim.x > 1 && (everywhere || blockIdx.x == 0)) {
+      merge_blocks([](Moments& m, const Moments& x, double centre) { gather(m, x, centre); },
+                   [](Moments& m, const Moments& x) { add_gathered(m, x); });
+      const int i = threadIdx.x;
+      if (__syncthreads_or(i < p.n && !gathered(shared.part[i], total_of(0)[i])))
+        merge_blocks([](Moments& m, const Moments& x, double) { merge(m, x); }, Merge());
     }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     if (p.meeting == Meeting::kCluster) cooperative_groups::this_cluster().barrier_arrive();
 #endif
-    if (!reads) return;
+  }
+
+  // In part[n]: a slice of the blocks by each set of n threads, in block order, then the slices by a tree.
+  template <class F, class G>
+  __device__ __forceinline__ void merge_blocks(F add_block, G add_slice) {
+    const int slices = min(kUnits / p.n, static_cast<int>(gridDim.x));
+    for (int e = threadIdx.x; e < slices * p.n; e += kThreads) {
+      const int i = e % p.n;
+      const double centre = total_of(0)[i].mean;
+      Moments m = Moments::empty();
+#pragma unroll 1
+      for (int b = e / p.n; b < gridDim.x; b += slices) add_block(m, total_of(b)[i], centre);
+      shared.part[e] = m;
+    }
     __syncthreads();
-    merge_parts(shared.part, slices, p.n);
+    merge_parts(shared.part, slices, p.n, add_slice);
   }
 
   // Pool `from` of the tile, where the caller looks for solve `to`.

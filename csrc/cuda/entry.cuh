@@ -92,10 +92,14 @@ __device__ typename Storage<S>::Compute sample_at(const CombineParams& p, int i,
 }
 
 // part[k * n + i] for all k, at most kThreads, merged into part[i] by a fixed tree.
-__device__ inline void merge_parts(Moments* part, int count, int n) {
+struct Merge {
+  __device__ void operator()(Moments& into, const Moments& from) const { merge(into, from); }
+};
+template <class F = Merge>
+__device__ __forceinline__ void merge_parts(Moments* part, int count, int n, F merge_two = {}) {
   for (int width = kThreads / 2; width > 0; width /= 2) {
     if (width >= count) continue;
-    for (int e = threadIdx.x; e < (count - width) * n; e += kThreads) merge(part[e], part[e + width * n]);
+    for (int e = threadIdx.x; e < (count - width) * n; e += kThreads) merge_two(part[e], part[e + width * n]);
     __syncthreads();
     count = width;
   }

@@ -111,7 +111,25 @@ __global__ void __launch_bounds__(kThreads, 4) gae_warp_kernel(const __grid_cons
   }
 }
 
-template <class C>
+// Walks over a table row by row, kThreads entries at a time, without a division for each.
+struct Walk {
+  int row, column;
+  const int columns, rows_apart, columns_apart;
+  __device__ explicit Walk(int columns_)
+      : row(threadIdx.x / columns_),
+        column(threadIdx.x % columns_),
+        columns(columns_),
+        rows_apart(kThreads / columns_),
+        columns_apart(kThreads % columns_) {}
+  __device__ void advance() {
+    row += rows_apart;
+    column += columns_apart;
+    if (column >= columns) column -= columns, ++row;
+  }
+};
+
+// Flat: all is float32, and the entries of a sequence follow each other in memory, objectives taking turns.
+template <class C, bool kFlat>
 __global__ void __launch_bounds__(kThreads, 4) gae_block_kernel(const __grid_constant__ GaeParams p) {
   constexpr int kSlots = kSharedBytes / static_cast<int>(sizeof(C)), kSegments = kSlots / 32;
   __shared__ C rewards[kSlots], values[kSlots], factors[kSlots];  // rewards become b, factors are a
@@ -127,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 4) gae_block_kernel(const __grid_con
   const int lane = threadIdx.x % 32;
   const int64_t begin = p.start(sequence), end = p.start(sequence + 1);
   const At start(p, begin);
-  const bool objectives_adjacent = p.advantages.objective == 1;
+  const bool objectives_adjacent = kFlat || p.advantages.objective == 1;
   if (threadIdx.x < n) carry[threadIdx.x] = static_cast<C>(p.last_term(first + threadIdx.x, sequence));
 
   for (int64_t to = end; to > begin; to -= chunk) {
@@ -137,10 +155,21 @@ __global__ void __launch_bounds__(kThreads, 4) gae_block_kernel(const __grid_con
     for (int k = threadIdx.x; k < padded; k += kThreads)
       valid[k] = k < count && is_valid(p, start.behind(from - begin + k));
     __syncthreads();
-    for (int e = threadIdx.x; e < padded * n; e += kThreads) {
-      const int k = objectives_adjacent ? e / n : e % padded, i = objectives_adjacent ? e % n : e / padded;
+    const At origin = start.behind(from - begin);
+    const C* const flat_rewards = reinterpret_cast<const C*>(p.rewards[0].data) + origin.in(p.rewards[0]);
+    const C* const flat_values = reinterpret_cast<const C*>(p.values[0].data) + origin.in(p.values[0]);
+    Walk in(objectives_adjacent ? n : padded);
+#pragma unroll 4
+    for (int e = threadIdx.x; e < padded * n; e += kThreads, in.advance()) {
+      const int k = objectives_adjacent ? in.row : in.column, i = objectives_adjacent ? in.column : in.row;
       C reward{0}, value{0};
-      if (valid[k]) load_token(p, start.behind(from - begin + k), first + i, reward, value);
+      if (kFlat && valid[k]) {
+        reward = flat_rewards[e];
+        value = flat_values[e];
+        if (p.kl.data) reward -= load<C>(p.kl.data, p.kl_dtype, origin.behind(k).in(p.kl));
+      } else if (valid[k]) {
+        load_token(p, origin.behind(k), first + i, reward, value);
+      }
       rewards[i * stride + k] = reward;
       values[i * stride + k] = value;
     }
@@ -172,15 +201,45 @@ __global__ void __launch_bounds__(kThreads, 4) gae_block_kernel(const __grid_con
       carry[i] = own;
     }
     __syncthreads();
-    for (int e = threadIdx.x; e < count * n; e += kThreads) {
-      const int k = objectives_adjacent ? e / n : e % count, i = objectives_adjacent ? e % n : e / count;
+    C* const flat_advantages =
+        reinterpret_cast<C*>(p.advantages.data) + origin.row * p.advantages.row + origin.col * p.advantages.col;
+    C* const flat_returns = reinterpret_cast<C*>(p.returns.data) + origin.row * p.returns.row + origin.col * p.returns.col;
+    Walk out(objectives_adjacent ? n : count);
+    for (int e = threadIdx.x; e < count * n; e += kThreads, out.advance()) {
+      const int k = objectives_adjacent ? out.row : out.column, i = objectives_adjacent ? out.column : out.row;
       const int at = i * stride + k;
-      const C advantage = rewards[at] + factors[at] * carries[i * segments + k / 32];
-      const At token = start.behind(from - begin + k);
-      store(p, p.advantages, token, first + i, valid[k] ? advantage : C{0});
-      store(p, p.returns, token, first + i, valid[k] ? advantage + values[at] : C{0});
+      const C carried = rewards[at] + factors[at] * carries[i * segments + k / 32];
+      const C advantage = valid[k] ? carried : C{0}, result = valid[k] ? carried + values[at] : C{0};
+      if (kFlat) {
+        flat_advantages[e] = advantage;
+        flat_returns[e] = result;
+      } else {
+        store(p, p.advantages, origin.behind(k), first + i, advantage);
+        store(p, p.returns, origin.behind(k), first + i, result);
+      }
     }
   }
+}
+
+// Whether the objectives of a token stand side by side, and the tokens of a sequence after each other.
+bool in_turns(const Plane* planes, int n) {
+  return n == 1 ? planes[0].col == 1 : adjacent(planes, n, DType::kFloat32);
+}
+bool in_turns(const Planes& out, int n) { return out.col == n && (n == 1 || out.objective == 1); }
+
+bool is_flat(const GaeParams& p) {
+  constexpr DType kFloat = DType::kFloat32;
+  return p.dtype == kFloat && p.rewards_dtype == kFloat && p.values_dtype == kFloat && !p.outcome &&
+         p.n <= kBlockObjectives && in_turns(p.rewards, p.n) && in_turns(p.values, p.n) &&
+         in_turns(p.advantages, p.n) && in_turns(p.returns, p.n);
+}
+
+const void* kernel_for(const GaeParams& p, bool warps) {
+  const bool wide = p.dtype == DType::kFloat64;
+  const auto any = [](auto* kernel) { return reinterpret_cast<const void*>(kernel); };
+  if (warps) return wide ? any(gae_warp_kernel<double>) : any(gae_warp_kernel<float>);
+  if (is_flat(p)) return any(gae_block_kernel<float, true>);
+  return wide ? any(gae_block_kernel<double, false>) : any(gae_block_kernel<float, false>);
 }
 
 }  // namespace
@@ -190,14 +249,10 @@ void launch_gae_cuda(const GaeParams& params, void* stream) {
   const DeviceGuard guard(params.device.index);
   GaeParams copy = params;
   void* arguments[] = {&copy};
-  const bool wide = params.dtype == DType::kFloat64, warps = params.tokens() <= kWarpTokens * params.sequences;
-  const void* kernel = warps ? (wide ? reinterpret_cast<const void*>(gae_warp_kernel<double>)
-                                     : reinterpret_cast<const void*>(gae_warp_kernel<float>))
-                             : (wide ? reinterpret_cast<const void*>(gae_block_kernel<double>)
-                                     : reinterpret_cast<const void*>(gae_block_kernel<float>));
+  const bool warps = params.tokens() <= kWarpTokens * params.sequences;
   const int64_t each = (params.n + kBlockObjectives - 1) / kBlockObjectives;
   const int64_t blocks = warps ? (params.sequences + kWarps - 1) / kWarps : params.sequences * each;
-  check_cuda(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), kThreads, arguments, 0,
+  check_cuda(cudaLaunchKernel(kernel_for(params, warps), dim3(static_cast<unsigned>(blocks)), kThreads, arguments, 0,
                               static_cast<cudaStream_t>(stream)),
              "launching the kernel of gae");
   check_cuda(cudaGetLastError(), "after launching the kernel of gae");

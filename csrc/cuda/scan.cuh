@@ -56,6 +56,11 @@ __device__ bool is_finite(C x) {
   return fabs(x) < static_cast<C>(HUGE_VAL);
 }
 
+// Whether the token at byte t of some flags has one of them.
+__device__ __forceinline__ bool has(unsigned flags, TokenFlags flag, int t = 0) {
+  return (flags & static_cast<unsigned>(flag) << 8 * t) != 0;
+}
+
 // An entry once it has been processed.
 template <class C>
 struct Entry {
@@ -72,11 +77,8 @@ struct Sums {
   unsigned valid_usable = 0, positive_nonzero = 0, clipped = 0;
 
   __device__ __forceinline__ void see(C raw, bool valid) {
-    if (valid) valid_usable += 1u << 16;
-    if (valid && is_finite(raw)) {
-      centre += raw;
-      valid_usable += 1;
-    }
+    const bool usable = valid & is_finite(raw);
+    if (usable) centre += raw, ++valid_usable;
   }
 
   __device__ __forceinline__ void find_centre(int lanes) {
@@ -87,6 +89,7 @@ struct Sums {
     if (!is_finite(centre)) centre = C{0};  // the sum of huge entries has overflowed
   }
 
+  template <bool kPlain>
   __device__ __forceinline__ void add(C raw, const Entry<C>& e) {
     if (e.finite) {
       const C d = raw - centre;
@@ -96,9 +99,9 @@ struct Sums {
       high = static_cast<C>(fmax(high, raw));
     }
     active += e.gated;
-    if (e.positive) positive_nonzero += 1u << 16;
-    if (e.nonzero) positive_nonzero += 1;
-    if (e.clipped) clipped += 1;
+    if (e.positive) positive_nonzero += kPlain ? (1u << 16) + 1 : 1u << 16;
+    if (!kPlain && e.nonzero) ++positive_nonzero;
+    if (e.clipped) ++clipped;
   }
 
   __device__ __forceinline__ void meet(int lanes) {
@@ -133,34 +136,34 @@ class Scanner {
   __device__ __forceinline__ Scanner(const CombineParams& params, char* memory)
       : p(params), shared(*reinterpret_cast<Shared<C>*>(memory)), tile(memory + sizeof(Shared<C>), params) {}
 
-  // Objective i at token k of the tile: A after reward_weights, and I(A). Plain: neither normalised nor weighted nor
+  // Objective i at token k of the tile, byte t of its flags: A after reward_weights, and I(A). Plain: neither normalised nor weighted nor
   // signed, and NaN is nowhere kept.
   template <bool kPlain>
-  __device__ __forceinline__ Entry<C> entry(int i, int k, C raw, unsigned flags) const {
-    const bool valid = flags & kValidFlag, not_above = flags & kNotAboveFlag, not_below = flags & kNotBelowFlag;
+  __device__ __forceinline__ Entry<C> entry(int i, int k, C raw, unsigned flags, int t = 0) const {
+    const bool valid = has(flags, kValidFlag, t), not_above = has(flags, kNotAboveFlag, t);
     Entry<C> e;
-    e.finite = valid && is_finite(raw);
+    e.finite = valid & is_finite(raw);
     if (kPlain) {
       e.taken = e.finite;
-      e.positive = e.nonzero = e.finite && raw > C{0};
-      e.clipped = e.positive && !not_above;
+      e.positive = e.nonzero = e.finite & (raw > C{0});
+      e.clipped = e.positive & !not_above;
       e.advantage = e.positive ? raw : C{0};
-      e.gated = e.positive && not_above ? raw : C{0};
+      e.gated = e.positive & not_above ? raw : C{0};
       return e;
     }
-    e.taken = e.finite || (p.propagate && valid);
+    e.taken = e.finite | (p.propagate & valid);
     C processed = raw;
     if (p.affine && e.taken) {
       const bool grouped = p.normalizes_groups();
       const int64_t many = grouped ? p.groups : 1;
       processed = Maps<C>(static_cast<C*>(p.affine), p.n * many)[i * many + (grouped ? tile.pool[k] : 0)](raw);
     }
-    e.positive = e.finite && processed > C{0};
+    e.positive = e.finite & (processed > C{0});
     const C kept = e.taken ? noon(processed, p.noon ? C{0} : -static_cast<C>(HUGE_VAL)) : C{0};
     e.nonzero = kept != C{0};
     e.advantage = e.taken ? kept * shared.scale[i] : C{0};
-    e.gated = gate(e.advantage, not_above, not_below);
-    e.clipped = e.nonzero && e.gated == C{0};
+    e.gated = gate(e.advantage, not_above, has(flags, kNotBelowFlag, t));
+    e.clipped = e.nonzero & (e.gated == C{0});
     return e;
   }
   __device__ __forceinline__ Entry<C> entry(int i, int k) const {
@@ -175,9 +178,10 @@ class Scanner {
     for (int e = threadIdx.x; e < p.tile_slices * p.n; e += kThreads) shared.part[e] = Moments::empty();
   }
 
-  // Statistics of a tile, added to part[slice, n]: a warp takes a slice of the tokens, of some of the objectives.
+  // Statistics of a tile, added to part[slice, n], or the first there: a warp takes a slice of the tokens, of some of
+  // the objectives.
   template <bool kPlain>
-  __device__ __forceinline__ void scan_slices(int count) {
+  __device__ __forceinline__ void scan_slices(int count, bool first) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int slice = warp % p.tile_slices, objective = warp / p.tile_slices, apart = kWarps / p.tile_slices;
     const int begin = kQuad * (32 * slice + lane), step = kQuad * 32 * p.tile_slices;
@@ -189,27 +193,44 @@ class Scanner {
         const auto raw = pack<C, kQuad>(x + k);
         const unsigned flags = flags_of_quad(k);
 #pragma unroll
-        for (int t = 0; t < kQuad; ++t) sums.see(raw.at[t], flags >> 8 * t & kValidFlag);
+        for (int t = 0; t < kQuad; ++t) sums.see(raw.at[t], has(flags, kValidFlag, t));
+        sums.valid_usable += static_cast<unsigned>(__popc(flags & kValidFlag * 0x01010101u)) << 16;
       }
       sums.find_centre(32);
       for (int k = begin; k < count; k += step) {
         const auto raw = pack<C, kQuad>(x + k);
         const unsigned flags = flags_of_quad(k);
 #pragma unroll
-        for (int t = 0; t < kQuad; ++t)
-          sums.add(raw.at[t], entry<kPlain>(i, k + t, raw.at[t], flags >> 8 * t));
+        for (int t = 0; t < kQuad; ++t) 
+          sums.template add<kPlain>(raw.at[t], entry<kPlain>(i, k + t, raw.at[t], flags, t));
       }
       sums.meet(32);
       if (lane == turn) own = sums;
     }
     const int mine = objective + apart * lane;
-    if (mine < p.n) merge(shared.part[slice * p.n + mine], own.moments());
+    if (mine >= p.n) return;
+    Moments& kept = shared.part[slice * p.n + mine];
+    if (first) {
+      kept = own.moments();
+    } else {
+      merge(kept, own.moments());
+    }
   }
 
   // What the slices have found since they were cleared, in part[n].
   __device__ __forceinline__ void merge_slices() {
     __syncthreads();
-    merge_parts(shared.part, p.tile_slices, p.n);
+    if (threadIdx.x < p.n && p.tile_slices > 1) {
+      Moments* part = shared.part + threadIdx.x;
+      Moments m = Moments::empty();
+      for (int k = 0; k < p.tile_slices; ++k) gather(m, part[k * p.n], part[0].mean);
+      if (!gathered(m, part[0])) {
+        m = Moments::empty();
+        for (int k = 0; k < p.tile_slices; ++k) merge(m, part[k * p.n]);
+      }
+      part[0] = m;
+    }
+    __syncthreads();
   }
 
   // Statistics of each pool of `size` tokens and each objective, in part[pool, n]: by as many lanes of a warp as are
@@ -224,9 +245,12 @@ class Scanner {
       const int begin = unit < units ? unit / p.n * size : 0, end = unit < units ? begin + size : 0;
       const C* x = tile.x + i * tile.stride;
       Sums<C> sums;
-      for (int k = begin + lane; k < end; k += lanes) sums.see(x[k], tile.flags[k] & kValidFlag);
+      for (int k = begin + lane; k < end; k += lanes) {
+        sums.see(x[k], has(tile.flags[k], kValidFlag));
+        sums.valid_usable += has(tile.flags[k], kValidFlag) ? 1u << 16 : 0u;
+      }
       sums.find_centre(lanes);
-      for (int k = begin + lane; k < end; k += lanes) sums.add(x[k], entry(i, k));
+      for (int k = begin + lane; k < end; k += lanes) sums.template add<false>(x[k], entry(i, k));
       sums.meet(lanes);
       if (lane == 0 && unit < units) shared.part[unit] = sums.moments();
     }

@@ -2,14 +2,17 @@
 // the load is one arithmetic on it, and what fits there is read from device memory once.
 #pragma once
 
+#include <type_traits>
+
 #include "entry.cuh"
 
 namespace pama {
 
 constexpr int kBytes = 16;  // of one access to device memory
 constexpr int kQuad = 4;    // tokens that a thread works on at once
+constexpr int kLoads = 8;   // accesses that a thread has under way, so that memory does not wait for it
 
-enum TokenFlags : uint8_t { kValidFlag = 1, kNotAboveFlag = 2, kNotBelowFlag = 4 };
+enum TokenFlags : uint8_t { kValidFlag = 1, kNotAboveFlag = 2, kNotBelowFlag = 4, kPresentFlag = 8 };
 
 // Numbers that are loaded or stored at once.
 template <class T, int kCount>
@@ -54,44 +57,68 @@ struct Tile {
   }
 };
 
+// Calls each(k, integral_constant<turns>) for k = first, first + step, ... below count, whose work is done as many times
+// at once as it says: as long as there is enough, kTurns of them, then one by one.
+template <int kTurns, class F>
+__device__ __forceinline__ void in_turns(int first, int step, int count, F each) {
+  int k = first;
+#pragma unroll 1
+  for (; k + (kTurns - 1) * step < count; k += kTurns * step) each(k, std::integral_constant<int, kTurns>());
+  if constexpr (kTurns > 1) {
+#pragma unroll 1
+    for (; k < count; k += step) each(k, std::integral_constant<int, 1>());
+  }
+}
+
 // N objectives that take turns in memory: a thread loads kVec tokens, N accesses side by side, and stores kVec tokens
 // of each objective.
 //
 //   thread 0, float, N = 3    a0 b0 c0 a1 | b1 c1 a2 b2 | c2 a3 b3 c3   ->   a0 a1 a2 a3 .. | b0 b1 b2 b3 .. | c0 ..
 template <int N, class S, class C>
 __device__ __forceinline__ void load_interleaved(const S* __restrict from, int count, const Tile<C>& tile) {
-  constexpr int kVec = kBytes / sizeof(S);
-#pragma unroll 1
-  for (int k = threadIdx.x * kVec; k < count; k += kThreads * kVec) {
-    Pack<S, kVec> raw[N];
+  constexpr int kVec = kBytes / sizeof(S), kStep = kThreads * kVec, kMost = N < kLoads ? kLoads / N : 1;
+  in_turns<kMost>(threadIdx.x * kVec, kStep, count, [&](int first, auto turns) {
+    constexpr int kTurns = decltype(turns)::value;
+    Pack<S, kVec> raw[kTurns][N];
 #pragma unroll
-    for (int j = 0; j < N; ++j) raw[j] = reinterpret_cast<const Pack<S, kVec>*>(from + static_cast<int64_t>(k) * N)[j];
+    for (int d = 0; d < kTurns; ++d)
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      Pack<C, kVec> own;
+      for (int j = 0; j < N; ++j)
+        raw[d][j] = reinterpret_cast<const Pack<S, kVec>*>(from + static_cast<int64_t>(first + d * kStep) * N)[j];
 #pragma unroll
-      for (int t = 0; t < kVec; ++t) own.at[t] = Storage<S>::load(raw[(t * N + i) / kVec].at[(t * N + i) % kVec]);
-      pack<C, kVec>(tile.x + i * tile.stride + k) = own;
+    for (int d = 0; d < kTurns; ++d) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) {
+        Pack<C, kVec> own;
+#pragma unroll
+        for (int t = 0; t < kVec; ++t) own.at[t] = Storage<S>::load(raw[d][(t * N + i) / kVec].at[(t * N + i) % kVec]);
+        pack<C, kVec>(tile.x + i * tile.stride + first + d * kStep) = own;
+      }
     }
-  }
+  });
 }
 
 // The same by accesses of one thread beside the next, whose elements are then dealt out one by one: for many
 // objectives, of which a thread could not hold that much. N = 0: n of them.
 template <int N, class S, class C>
 __device__ __forceinline__ void load_flat(const S* __restrict from, int count, int n, const Tile<C>& tile) {
-  constexpr int kVec = kBytes / sizeof(S);
+  constexpr int kVec = kBytes / sizeof(S), kStep = kThreads * kVec;
   if (N > 0) n = N;
-#pragma unroll 1
-  for (int e = threadIdx.x * kVec; e < count * n; e += kThreads * kVec) {  // kVec divides the count
-    const Pack<S, kVec> raw = *reinterpret_cast<const Pack<S, kVec>*>(from + e);
-    int k = e / n, i = e - k * n;
+  in_turns<kLoads>(threadIdx.x * kVec, kStep, count * n, [&](int first, auto turns) {  // kVec divides the count
+    constexpr int kTurns = decltype(turns)::value;
+    Pack<S, kVec> raw[kTurns];
 #pragma unroll
-    for (int j = 0; j < kVec; ++j) {
-      tile.x[i * tile.stride + k] = Storage<S>::load(raw.at[j]);
-      if (++i == n) i = 0, ++k;
+    for (int d = 0; d < kTurns; ++d) raw[d] = *reinterpret_cast<const Pack<S, kVec>*>(from + first + d * kStep);
+#pragma unroll
+    for (int d = 0; d < kTurns; ++d) {
+      int k = (first + d * kStep) / n, i = first + d * kStep - k * n;
+#pragma unroll
+      for (int j = 0; j < kVec; ++j) {
+        tile.x[i * tile.stride + k] = Storage<S>::load(raw[d].at[j]);
+        if (++i == n) i = 0, ++k;
+      }
     }
-  }
+  });
 }
 
 template <class S, class C>
@@ -150,21 +177,29 @@ __device__ __forceinline__ int load_flags(const CombineParams& p, int64_t first,
   if (!p.gates_together || (mask && !holds_pack<uint8_t, kQuad>(mask + first)) ||
       (log_ratio && !holds_pack<float, kQuad>(log_ratio + first)))
     return 0;
+  constexpr int kStep = kQuad * kThreads;
   const int whole = count / kQuad * kQuad;
-#pragma unroll 2
-  for (int k = kQuad * (kThreads - 1 - threadIdx.x); k < whole; k += kQuad * kThreads) {
-    Pack<uint8_t, kQuad> valid = {{1, 1, 1, 1}}, flags;
-    Pack<float, kQuad> log_u = {{}};
-    if (mask) valid = pack<uint8_t, kQuad>(mask + first + k);
-    if (log_ratio) log_u = pack<float, kQuad>(log_ratio + first + k);
+  in_turns<kLoads / 4>(kQuad * (kThreads - 1 - threadIdx.x), kStep, whole, [&](int k, auto turns) {
+    constexpr int kTurns = decltype(turns)::value;
+    unsigned valid[kTurns];
+    Pack<float, kQuad> log_u[kTurns];
 #pragma unroll
-    for (int t = 0; t < kQuad; ++t) {
-      const bool not_above = !log_ratio || log_u.at[t] <= p.gate_high;
-      const bool not_below = !log_ratio || log_u.at[t] >= p.gate_low;
-      flags.at[t] = valid.at[t] ? kValidFlag + not_above * kNotAboveFlag + not_below * kNotBelowFlag : 0;
+    for (int d = 0; d < kTurns; ++d) {
+      valid[d] = mask ? *reinterpret_cast<const unsigned*>(mask + first + k + d * kStep) : ~0u;
+      if (log_ratio) log_u[d] = pack<float, kQuad>(log_ratio + first + k + d * kStep);
     }
-    pack<uint8_t, kQuad>(tile.flags + k) = flags;
-  }
+#pragma unroll
+    for (int d = 0; d < kTurns; ++d) {
+      unsigned flags = log_ratio ? 0 : (kNotAboveFlag + kNotBelowFlag) * 0x01010101u;
+#pragma unroll
+      for (int t = 0; t < kQuad; ++t) {
+        if (log_ratio && log_u[d].at[t] <= p.gate_high) flags |= unsigned{kNotAboveFlag} << 8 * t;
+        if (log_ratio && log_u[d].at[t] >= p.gate_low) flags |= unsigned{kNotBelowFlag} << 8 * t;
+        if (valid[d] & 0xffu << 8 * t) flags |= unsigned{kValidFlag} << 8 * t;
+      }
+      *reinterpret_cast<unsigned*>(tile.flags + k + d * kStep) = flags;
+    }
+  });
   return whole;
 }
 
@@ -182,7 +217,7 @@ __device__ __forceinline__ void load_tile(const CombineParams& p, int64_t first,
     for (int i = 0; i < p.n; ++i) {
       if (!(wanted >> i & 1)) continue;
       const S* __restrict from = reinterpret_cast<const S*>(p.advantages[i].data) + first;
-#pragma unroll 2
+#pragma unroll 4
       for (int k = threadIdx.x * kVec; k < whole; k += kThreads * kVec) {
         const Pack<S, kVec> raw = *reinterpret_cast<const Pack<S, kVec>*>(from + k);
         Pack<C, kVec> own;

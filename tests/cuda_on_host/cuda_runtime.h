@@ -98,6 +98,7 @@ inline int64_t min(int64_t a, int64_t b) { return std::min(a, b); }
 inline int64_t max(int64_t a, int64_t b) { return std::max(a, b); }
 inline void atomicAdd(unsigned long long* to, unsigned long long x) { std::atomic_ref(*to) += x; }
 inline int min(int a, int b) { return std::min(a, b); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
 using std::signbit;
 
@@ -196,6 +197,15 @@ inline void run_block(int block, int blocks, int threads, const void* kernel, co
 }  // namespace host
 
 inline void __syncthreads() { host::wait(host::State::kBlock); }
+inline int __syncthreads_or(int x) {
+  static thread_local int any = 0;
+  any |= x;
+  __syncthreads();
+  const int all = any;
+  __syncthreads();
+  any = 0;
+  return all;
+}
 inline void __syncwarp() { host::wait(host::State::kWarp); }
 inline char* aligned(std::vector<char>& memory) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);

@@ -94,11 +94,6 @@ struct CombineParams {
   Meeting meeting;
   int tile_tokens;
   int tile_pools;
-  int tile_slices;
-  bool plain;           // an entry is its advantage, or 0 below 0
-  bool gates_together;  // a byte of mask and a float32 of log_ratio after the other, and so the combination
-  bool out_together;
-  float gate_low, gate_high;  // the bounds on a float32 log_ratio
 
   // Filled by the launchers, in their own memory. Tokens are then counted in grouped order: row k is order[k].
   const int64_t* order;   // [batch], or null: groups follow each other as they stand
@@ -113,6 +108,12 @@ struct CombineParams {
 
   Plane advantages[kMaxObjectives];
   double reward_values[kMaxObjectives];
+
+  int tile_slices;
+  bool plain;           // an entry is its advantage, or 0 below 0
+  bool gates_together;  // a byte of mask and a float32 of log_ratio after the other, and so the combination
+  bool out_together;
+  float gate_low, gate_high;  // the bounds on a float32 log_ratio
 
   // Whether there is more to do than statistics, solve and combination.
   PAMA_HD bool normalizes() const { return normalize.by != Pool::kNone || normalize.combined != Pool::kNone; }

@@ -43,6 +43,18 @@ PAMA_HD void settle(Moments& m, double centre, double drift, double spread) {
   m.m2 = spread == HUGE_VAL ? spread : m2 < 0.0 ? 0.0 : m2;  // squares may overflow: inf, not inf - inf
 }
 
+PAMA_HD void add_counts(Moments& into, const Moments& from) {
+  into.min = from.min < into.min ? from.min : into.min;
+  into.max = from.max > into.max ? from.max : into.max;
+  into.count += from.count;
+  into.nonfinite += from.nonfinite;
+  into.positive += from.positive;
+  into.nonzero += from.nonzero;
+  into.clipped += from.clipped;
+  into.dead += from.dead;
+  into.active += from.active;
+}
+
 // Chan, Golub, LeVeque 1983: never E[x^2] - E[x]^2.
 PAMA_HD void merge(Moments& into, const Moments& from) {
   if (from.count > 0) {
@@ -55,16 +67,29 @@ PAMA_HD void merge(Moments& into, const Moments& from) {
       into.mean = into.mean - into.mean == 0.0 ? from.mean : into.mean;
       into.m2 = HUGE_VAL;
     }
-    into.min = from.min < into.min ? from.min : into.min;
-    into.max = from.max > into.max ? from.max : into.max;
   }
-  into.count += from.count;
-  into.nonfinite += from.nonfinite;
-  into.positive += from.positive;
-  into.nonzero += from.nonzero;
-  into.clipped += from.clipped;
-  into.dead += from.dead;
-  into.active += from.active;
+  add_counts(into, from);
+}
+
+// The same of many without a division for each: sums of deviations from a centre near all means in place of the mean, of
+// which gathered() makes moments.
+PAMA_HD void gather(Moments& into, const Moments& from, double centre) {
+  const double n = static_cast<double>(from.count), apart = from.count > 0 ? from.mean - centre : 0.0;
+  into.mean += n * apart;
+  into.m2 += from.m2 + n * apart * apart;
+  add_counts(into, from);
+}
+PAMA_HD void add_gathered(Moments& into, const Moments& from) {
+  into.mean += from.mean;
+  into.m2 += from.m2;
+  add_counts(into, from);
+}
+
+// False where the centre was that of nothing, or squares have overflowed: then merge().
+PAMA_HD bool gathered(Moments& m, const Moments& at_centre) {
+  if (at_centre.count == 0 || !(m.m2 - m.m2 == 0.0)) return m.count == 0;
+  settle(m, at_centre.mean, m.mean, m.m2);
+  return true;
 }
 
 // Writes the column of objective `i` of the packed [kStatistics, n] statistics.

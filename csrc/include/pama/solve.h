@@ -53,10 +53,13 @@ PAMA_HD double solve_closed_form(double* a, uint64_t kept, int n) {
     low = a[i] < low ? a[i] : low;
     high = a[i] > high ? a[i] : high;
   }
-  const Split<double> share = split(low, high);
+  Split<double> share{1.0, 0.0};  // as split() says, without its divisions
+  if (!(low > 0.0 || low == high)) share = high < 0.0 ? Split<double>{0.0, 1.0} : split(low, high);
+  if (at_low > 1) share.low /= at_low;
+  if (at_high > 1) share.high /= at_high;
   for (int i = 0; i < n; ++i) {
     const bool is_low = (kept >> i & 1) && a[i] == low, is_high = (kept >> i & 1) && a[i] == high;
-    a[i] = undefined ? NAN : (is_low ? share.low / at_low : 0.0) + (is_high ? share.high / at_high : 0.0);
+    a[i] = undefined ? NAN : (is_low ? share.low : 0.0) + (is_high ? share.high : 0.0);
   }
   return undefined ? NAN : project(low, high);
 }
