@@ -1,6 +1,7 @@
 """Build, test, sanitise and time the package on a machine with a CUDA device: ``make gpu-check``.
 
-Every stage is a command of its own; a stage that fails does not stop the others. A record is written in any case: the
+Every stage is a command of its own; a stage that fails does not stop the others. Tests and sanitizers run side by side,
+and tests in many processes where pytest-xdist is there; what is timed runs alone. A record is written in any case: the
 machine, the commit, each stage's exit status, seconds and last line (all of its last lines if it failed). Each suite of
 benchmarks is a stage, whose own record lies beside it. Needs no network and no virtual environment: it uses what the
 Python that runs it has installed.
@@ -10,6 +11,8 @@ from __future__ import annotations
 
 import argparse
 import collections
+import importlib.util
+import itertools
 import os
 import shutil
 import signal
@@ -17,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,22 +37,31 @@ NOT_FOUND = 127  # as a shell says it
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, the environment variables it is given besides, and the most seconds it may take."""
+    """One command, the environment variables it is given besides, and the most seconds it may take.
+
+    Stages that follow each other and are ``beside`` run at the same time.
+    """
 
     command: tuple[str, ...]
     limit_s: float
     environment: dict[str, str] = field(default_factory=dict)
+    beside: bool = False
 
 
 def stages(out: Path, commit: str = "") -> dict[str, Stage]:
     """All stages by name, in the order they run; suites of benchmarks write their records to ``out``."""
     python = sys.executable
-    pytest = (python, "-m", "pytest", "-q", "-ra", "tests")
+    pytest = (python, "-m", "pytest", "-q", "-ra", "--tb=short", "tests")
+    required = {"PAMA_EXT_REQUIRE_CUDA": "1"}
+    if importlib.util.find_spec("xdist"):  # many processes of one thread, with some cores left for the sanitizers
+        pytest += ("-n", str(max(1, (os.cpu_count() or 1) - 4)), "--dist", "worksteal")
+        required["OMP_NUM_THREADS"] = "1"
     bench = ("--device", "cuda", "--seconds", str(BENCH_S), "--out", str(out.resolve()))
     bench += ("--commit", commit) if commit else ()
     return {
         "build": Stage((python, "setup.py", "build_ext", "--inplace"), 240, {"PAMA_EXT_CUDA": "1"}),
-        "tests": Stage(pytest, 240, {"PAMA_EXT_REQUIRE_CUDA": "1"}),
+        "tests": Stage(pytest, 400, required, beside=True),
+        "gpu-tests": Stage((*pytest, "-m", "cuda"), 240, required, beside=True),
         **{tool: sanitizer(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")},
         **{name: Stage((python, "-m", "bench", name, *bench), 420) for name in suites.NAMES},
     }
@@ -59,7 +72,7 @@ def sanitizer(tool: str) -> Stage:
     path = os.pathsep.join((os.environ.get("PATH", ""), f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"))
     program = shutil.which("compute-sanitizer", path=path) or "compute-sanitizer"
     command = (program, "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "bench.sanitize")
-    return Stage(command, 60, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    return Stage(command, 120, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, beside=True)
 
 
 def run(name: str, stage: Stage, limit_s: float) -> dict[str, Any]:
@@ -87,7 +100,7 @@ def run(name: str, stage: Stage, limit_s: float) -> dict[str, Any]:
         watchdog.start()
         with process:
             for line in process.stdout or ():
-                print(line, end="", flush=True)
+                print(f"{name}: {line}", end="", flush=True)
                 tail.append(line.rstrip())
         watchdog.cancel()
         status = process.returncode
@@ -104,7 +117,16 @@ def run(name: str, stage: Stage, limit_s: float) -> dict[str, Any]:
 def check(chosen: dict[str, Stage]) -> list[dict[str, Any]]:
     """Run the chosen stages; what is over the time for the whole is cut off."""
     end = time.monotonic() + WHOLE_S
-    return [run(name, stage, min(stage.limit_s, max(1.0, end - time.monotonic()))) for name, stage in chosen.items()]
+
+    def run_one(name: str) -> dict[str, Any]:
+        return run(name, chosen[name], min(chosen[name].limit_s, max(1.0, end - time.monotonic())))
+
+    entries = []
+    for beside, names in itertools.groupby(chosen, key=lambda name: chosen[name].beside):
+        together = list(names)
+        with ThreadPoolExecutor(len(together) if beside else 1) as pool:
+            entries += pool.map(run_one, together)
+    return entries
 
 
 def record_name(header: dict[str, Any]) -> str:
@@ -117,8 +139,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the stages asked for, write the record and return 0 if all of them passed, else 1."""
     names = tuple(stages(RECORDS))
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--stages", nargs="+", choices=names, default=names, metavar="STAGE",
-                        help=f"of {', '.join(names)}")  # fmt: skip
+    usual = [name for name in names if name != "gpu-tests"]  # which are a part of "tests"
+    parser.add_argument("--stages", nargs="+", choices=names, default=usual, metavar="STAGE",
+                        help=f"of {', '.join(names)}; by default all but gpu-tests")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RECORDS, help="folder for the records")
     parser.add_argument("--commit", default="", help="commit to record where there is no repository")
     options = parser.parse_args(arguments)

@@ -72,7 +72,7 @@ def test_gpu_check_asks_for_cuda(tmp_path):
     known = gpu_check.stages(tmp_path, "abc")
     sanitizers = ["memcheck", "racecheck", "initcheck", "synccheck"]
     assert list(known) == ["build", "tests", *sanitizers, *suites.NAMES]
-    assert known["tests"].environment == {"PAMA_EXT_REQUIRE_CUDA": "1"}
+    assert known["tests"].environment["PAMA_EXT_REQUIRE_CUDA"] == "1"
     assert known["build"].environment == {"PAMA_EXT_CUDA": "1"}
     command = " ".join(known["gae"].command)
     for part in ("-m bench gae", "--device cuda", f"--out {tmp_path}", "--commit abc"):

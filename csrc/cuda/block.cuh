@@ -50,6 +50,13 @@ class Block : Scanner<typename Storage<S>::Compute> {
     last = min(tokens, first + run);
   }
 
+  // By how much the first tile is shorter, of more than one. Half of the blocks begin with half a tile, so that of two
+  // on a multiprocessor one loads while the other computes.
+  __device__ __forceinline__ int64_t shorter(int64_t tokens) const {
+    constexpr int kStep = Tile<C>::kStep;
+    return tokens > tile.tokens && 2 * blockIdx.x >= gridDim.x ? tile.tokens / 2 / kStep * kStep : 0;
+  }
+
   __device__ __forceinline__ void load(int64_t first, int count, uint64_t wanted, bool gates) {
     __syncthreads();  // the tile before may still be read
     load_tile<S>(p, first, count, wanted, gates, tile);
@@ -74,7 +81,8 @@ class Block : Scanner<typename Storage<S>::Compute> {
       int64_t first = rows.first * p.row_tokens, size = (rows.last - rows.first) * p.row_tokens;
       int64_t last = first + many * size;
       if (batch) my_tokens(first, last);
-      const int64_t tiles = (last - first + tile.stride - 1) / tile.stride;
+      const int64_t origin = first - (batch ? shorter(last - first) : 0);
+      const int64_t tiles = (last - origin + tile.tokens - 1) / tile.tokens;
       if (kGram) this->clear_gram();
       if (together == 1) this->clear_slices();
       uint64_t wanted = everyone;
@@ -91,19 +99,23 @@ class Block : Scanner<typename Storage<S>::Compute> {
           if (tiles == 0) break;
         }
         const bool forward = step < tiles;
-        const int64_t from = first + (forward ? step : 2 * tiles - 1 - step) * tile.stride;
-        const int count = static_cast<int>(min(int64_t{tile.stride}, last - from));
+        const int64_t at = origin + (forward ? step : 2 * tiles - 1 - step) * tile.tokens, from = max(first, at);
+        const int count = static_cast<int>(min(at + tile.tokens, last) - from);
         if (step != tiles) load(from, count, wanted, forward);
         if (forward && together > 1) {
           this->scan_pools(count, static_cast<int>(size));
         } else if (forward) {
           scan(count, step == 0);
-        } else if (together > 1) {
-          weigh_pools(from, count, static_cast<int>(size));
-        } else if (p.plain) {
-          weigh<true>(from, count);
         } else {
-          weigh<false>(from, count);
+          const int whole = together > 1 ? 0 : whole_out(from, count);
+          if (together > 1) {
+            weigh_pools(count, static_cast<int>(size));
+          } else if (p.plain) {
+            weigh<true>(from, whole, count);
+          } else {
+            weigh<false>(from, whole, count);
+          }
+          store_rest(from, whole, count);
         }
       }
       if (batch) break;
@@ -126,19 +138,19 @@ class Block : Scanner<typename Storage<S>::Compute> {
     const bool plain = p.plain && p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token;
     double low = 0.0, high = 0.0, value = 0.0, used = 0.0;
     this->clear_slices();
-    for (int64_t k = first; k < last; k += tile.stride) {
-      const int count = static_cast<int>(min(int64_t{tile.stride}, last - k));
+    for (int64_t at = first - shorter(last - first); at < last; at += tile.tokens) {
+      const int64_t k = max(first, at);
+      const int count = static_cast<int>(min(at + tile.tokens, last) - k);
       load(k, count, ~uint64_t{0} >> (64 - p.n), true);
       scan(count, k == first);
       __syncthreads();  // results may take the place of what is scanned
+      const int whole = plain ? whole_out(k, count) : 0;
       if (plain) {
-        solve_plain_tokens(k, count, low, high, value, used);
+        solve_plain_tokens(k, whole, count, low, high, value, used);
       } else {
         solve_tokens(k, count, low, high, value, used);
       }
-      if (!p.in_place) continue;
-      __syncthreads();
-      store_tile<S>(p, k, count, tile);
+      store_rest(k, whole, count);
     }
     this->merge_slices();
     keep_total();
@@ -190,8 +202,9 @@ class Block : Scanner<typename Storage<S>::Compute> {
     write_statistics(total, i, p.n, static_cast<C*>(p.packed));
   }
 
-  // The combination of the tile under the weights of its pools, which have `size` tokens each; in place, the shares.
-  __device__ __forceinline__ void weigh_pools(int64_t first, int count, int size) {
+  // The combination of the tile under the weights of its pools, which have `size` tokens each, in the place of the first
+  // objective; in place, the shares.
+  __device__ __forceinline__ void weigh_pools(int count, int size) {
     for (int k = threadIdx.x; k < count; k += kThreads) {
       const C* weights = shared.share + k / size * p.n;
       C combined{0};
@@ -207,17 +220,13 @@ class Block : Scanner<typename Storage<S>::Compute> {
         combined += share;
         if (p.in_place) tile.x[i * tile.stride + k] = share;
       }
-      if (!p.in_place) store_out(first + k, combined, present);
+      if (!p.in_place) keep_out(k, combined, present);
     }
-    if (!p.in_place) return;
-    __syncthreads();
-    store_tile<S>(p, first, count, tile);
   }
 
-  // The same of a tile in one pool.
+  // The same of a tile in one pool, four tokens at a time; of the first `whole` tokens it goes to memory at once.
   template <bool kPlain>
-  __device__ __forceinline__ void weigh(int64_t first, int count) {
-    const int whole = whole_out(first, count);
+  __device__ __forceinline__ void weigh(int64_t first, int whole, int count) {
     for (int k = kQuad * threadIdx.x; k < count; k += kQuad * kThreads) {
       const unsigned flags = this->flags_of_quad(k);
       Pack<C, kQuad> combined = {};
@@ -238,9 +247,6 @@ class Block : Scanner<typename Storage<S>::Compute> {
       }
       if (!p.in_place) put(first, k, whole, combined, flags | present);
     }
-    if (!p.in_place) return store_rest(first, whole, count);
-    __syncthreads();
-    store_tile<S>(p, first, count, tile);
   }
 
   // How many tokens of the combination of the tile that starts at `first` can be stored four at a time.
@@ -262,9 +268,16 @@ class Block : Scanner<typename Storage<S>::Compute> {
     }
   }
 
+  __device__ __forceinline__ void keep_out(int k, C combined, bool present) {
+    tile.x[k] = combined;
+    if (present) tile.flags[k] |= kPresentFlag;
+  }
+
+  // What is still in the tile goes to memory: the combination of its tokens from `whole` on; in place, the shares.
   __device__ __forceinline__ void store_rest(int64_t first, int whole, int count) const {
-    if (whole == count) return;
+    if (!p.in_place && whole == count) return;
     __syncthreads();
+    if (p.in_place) return store_tile<S>(p, first, count, tile);
     for (int k = whole + threadIdx.x; k < count; k += kThreads)
       store_out(first + k, tile.x[k], has(tile.flags[k], kPresentFlag));
   }
@@ -280,9 +293,9 @@ class Block : Scanner<typename Storage<S>::Compute> {
 
   // Level token where no advantage is negative: whoever has the smallest I(A) shares the weight. Four tokens a thread;
   // else as solve_tokens.
-  __device__ __forceinline__ void solve_plain_tokens(int64_t first, int count, double& mine_low, double& mine_high,
-                                                     double& values, double& used) {
-    const int lane = threadIdx.x % 32, whole = whole_out(first, count);
+  __device__ __forceinline__ void solve_plain_tokens(int64_t first, int whole, int count, double& mine_low,
+                                                     double& mine_high, double& values, double& used) {
+    const int lane = threadIdx.x % 32;
     for (int base = kQuad * (threadIdx.x - lane); base < count; base += kQuad * kThreads) {
       const int k = base + kQuad * lane;
       const bool there = k < count;  // all lanes go on, since their sums meet
@@ -329,7 +342,6 @@ class Block : Scanner<typename Storage<S>::Compute> {
       }
       if (!p.in_place && there) put(first, k, whole, combined, flags);
     }
-    if (!p.in_place) store_rest(first, whole, count);
   }
 
   // Level token: Theorem 1 and the combination, one thread a token. Lane l of a warp keeps the sums of the weights of
@@ -385,7 +397,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
         if (lane + 32 == i) mine_high += sum;
       }
       if (!present) value = C{0};
-      if (k < count && !p.in_place) store_out(first + k, combined, present > 0);
+      if (k < count && !p.in_place) keep_out(k, combined, present > 0);
       if (k < count && p.per_token)
         static_cast<C*>(p.packed)[(kStatistics + p.tokens()) * p.n + p.row_at(first + k)] = value;
       values += static_cast<double>(value);

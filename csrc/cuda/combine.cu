@@ -138,8 +138,9 @@ int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared, bool c
                                                                     : Meeting::kGrid;
   p.tile_pools = 1;
   auto rounded = [&](int64_t tokens) { return std::max(kStep, (tokens + kStep - 1) / kStep * kStep); };
-  const int64_t fits =
-      (most_shared - static_cast<int64_t>(sizeof(Shared<C>))) / Tile<C>::bytes(p.n, gram, grouped, kStep) * kStep;
+  const int64_t none = sizeof(Shared<C>) + Tile<C>::bytes(p.n, gram, grouped, 0);
+  const int64_t step = Tile<C>::bytes(p.n, gram, grouped, kStep) - Tile<C>::bytes(p.n, gram, grouped, 0);
+  const int64_t fits = (most_shared - none) / step * kStep;
   const int64_t most = std::min<int64_t>(fits, kTileTokens);
   int64_t share = (p.tokens() + blocks - 1) / blocks;
   if (has_pools(p)) {

@@ -68,30 +68,30 @@ struct Entry {
   bool finite, taken, positive, nonzero, clipped;
 };
 
-// What the lanes of a warp, or `lanes` of them, have found in one objective: each in tokens of its own, once to find
-// their mean and once around it. Two counts of 16 bits in one number.
+// What the lanes of a warp, or `lanes` of them, have found in one objective, each in tokens of its own: sums around a
+// centre near their mean. Counts fit 16 bits.
 template <class C>
 struct Sums {
   C centre{0}, deviation{0}, squares{0}, active{0};
   C low = static_cast<C>(HUGE_VAL), high = -static_cast<C>(HUGE_VAL);
-  unsigned valid_usable = 0, positive_nonzero = 0, clipped = 0;
+  unsigned seen = 0, usable = 0, valid = 0, positive_nonzero = 0, clipped = 0;
 
+  // The mean of the usable ones: call see() for each, then find_centre().
   __device__ __forceinline__ void see(C raw, bool valid) {
-    const bool usable = valid & is_finite(raw);
-    if (usable) centre += raw, ++valid_usable;
+    if (valid & is_finite(raw)) centre += raw, ++seen;
   }
-
   __device__ __forceinline__ void find_centre(int lanes) {
-    centre = warp_sum(centre, lanes);
-    valid_usable = warp_sum(valid_usable, lanes);
-    const unsigned usable = valid_usable & 0xffff;
-    centre /= static_cast<C>(usable > 0 ? usable : 1);
-    if (!is_finite(centre)) centre = C{0};  // the sum of huge entries has overflowed
+    seen = warp_sum(seen, lanes);
+    centre_on(warp_sum(centre, lanes) / static_cast<C>(seen > 0 ? seen : 1));
+  }
+  __device__ __forceinline__ void centre_on(C mean) {
+    centre = is_finite(mean) ? mean : C{0};  // or the sum of huge entries has overflowed
   }
 
   template <bool kPlain>
   __device__ __forceinline__ void add(C raw, const Entry<C>& e) {
     if (e.finite) {
+      ++usable;
       const C d = raw - centre;
       deviation += d;
       squares += d * d;
@@ -112,14 +112,17 @@ struct Sums {
       low = static_cast<C>(fmin(low, __shfl_xor_sync(0xffffffffu, low, offset)));
       high = static_cast<C>(fmax(high, __shfl_xor_sync(0xffffffffu, high, offset)));
     }
+    usable = warp_sum(valid << 16 | usable, lanes);
+    valid = usable >> 16;
+    usable &= 0xffff;
     positive_nonzero = warp_sum(positive_nonzero, lanes);
     clipped = warp_sum(clipped, lanes);
   }
 
   __device__ __forceinline__ Moments moments() const {
     Moments m = Moments::empty();
-    m.count = valid_usable & 0xffff;
-    m.nonfinite = (valid_usable >> 16) - (valid_usable & 0xffff);
+    m.count = usable;
+    m.nonfinite = valid - usable;
     m.positive = positive_nonzero >> 16;
     m.nonzero = positive_nonzero & 0xffff;
     m.clipped = clipped;
@@ -179,7 +182,7 @@ class Scanner {
   }
 
   // Statistics of a tile, added to part[slice, n], or the first there: a warp takes a slice of the tokens, of some of
-  // the objectives.
+  // the objectives. The centre is the slice's mean, then that of the tiles before.
   template <bool kPlain>
   __device__ __forceinline__ void scan_slices(int count, bool first) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -189,19 +192,24 @@ class Scanner {
     for (int i = objective, turn = 0; i < p.n; i += apart, ++turn) {
       const C* x = tile.x + i * tile.stride;
       Sums<C> sums;
-      for (int k = begin; k < count; k += step) {
-        const auto raw = pack<C, kQuad>(x + k);
-        const unsigned flags = flags_of_quad(k);
+      const Moments& kept = shared.part[slice * p.n + i];
+      if (first || kept.count == 0) {
+        for (int k = begin; k < count; k += step) {
+          const auto raw = pack<C, kQuad>(x + k);
+          const unsigned flags = flags_of_quad(k);
 #pragma unroll
-        for (int t = 0; t < kQuad; ++t) sums.see(raw.at[t], has(flags, kValidFlag, t));
-        sums.valid_usable += static_cast<unsigned>(__popc(flags & kValidFlag * 0x01010101u)) << 16;
+          for (int t = 0; t < kQuad; ++t) sums.see(raw.at[t], has(flags, kValidFlag, t));
+        }
+        sums.find_centre(32);
+      } else {
+        sums.centre_on(static_cast<C>(kept.mean));
       }
-      sums.find_centre(32);
       for (int k = begin; k < count; k += step) {
         const auto raw = pack<C, kQuad>(x + k);
         const unsigned flags = flags_of_quad(k);
+        sums.valid += static_cast<unsigned>(__popc(flags & kValidFlag * 0x01010101u));
 #pragma unroll
-        for (int t = 0; t < kQuad; ++t) 
+        for (int t = 0; t < kQuad; ++t)
           sums.template add<kPlain>(raw.at[t], entry<kPlain>(i, k + t, raw.at[t], flags, t));
       }
       sums.meet(32);
@@ -245,12 +253,12 @@ class Scanner {
       const int begin = unit < units ? unit / p.n * size : 0, end = unit < units ? begin + size : 0;
       const C* x = tile.x + i * tile.stride;
       Sums<C> sums;
-      for (int k = begin + lane; k < end; k += lanes) {
-        sums.see(x[k], has(tile.flags[k], kValidFlag));
-        sums.valid_usable += has(tile.flags[k], kValidFlag) ? 1u << 16 : 0u;
-      }
+      for (int k = begin + lane; k < end; k += lanes) sums.see(x[k], has(tile.flags[k], kValidFlag));
       sums.find_centre(lanes);
-      for (int k = begin + lane; k < end; k += lanes) sums.template add<false>(x[k], entry(i, k));
+      for (int k = begin + lane; k < end; k += lanes) {
+        sums.valid += has(tile.flags[k], kValidFlag);
+        sums.template add<false>(x[k], entry(i, k));
+      }
       sums.meet(lanes);
       if (lane == 0 && unit < units) shared.part[unit] = sums.moments();
     }

@@ -33,27 +33,28 @@ __device__ bool holds_pack(const T* x) {
   return reinterpret_cast<uintptr_t>(x) % alignof(Pack<T, kCount>) == 0;
 }
 
-// Where the arrays of a tile stand in shared memory, behind `base`, and how many tokens it has room for.
+// Where the arrays of a tile stand in shared memory, behind `base`, and how many tokens it has room for. Planes are a
+// little further apart, so that what is dealt out to several of them goes to several banks.
 template <class C>
 struct Tile {
   C* x;       // [n, stride]: A'; later, in place, c_i A_i
   C* gated;   // [n, stride]: I(A), min-norm only
-  int* pool;  // [stride]: of Normalize.by, groups only
+  int* pool;  // [tokens]: of Normalize.by, groups only
   uint8_t* flags;
-  int stride;
+  int tokens, stride;
 
   // Of so many tokens, a multiple of kStep.
   static constexpr int kStep = 32;
   static __host__ __device__ constexpr int64_t bytes(int n, bool gram, bool pools, int64_t tokens) {
-    return tokens * (static_cast<int64_t>(sizeof(C)) * n * (gram ? 2 : 1) + (pools ? 4 : 0) + 1);
+    return (tokens + kQuad) * static_cast<int64_t>(sizeof(C)) * n * (gram ? 2 : 1) + tokens * (pools ? 5 : 1);
   }
 
-  __device__ Tile(char* base, const CombineParams& p) : stride(p.tile_tokens) {
+  __device__ Tile(char* base, const CombineParams& p) : tokens(p.tile_tokens), stride(p.tile_tokens + kQuad) {
     const int64_t plane = static_cast<int64_t>(p.n) * stride;
     x = reinterpret_cast<C*>(base);
     gated = x + plane;
     pool = reinterpret_cast<int*>(p.has_gram() ? gated + plane : gated);
-    flags = reinterpret_cast<uint8_t*>(p.normalizes_groups() ? pool + stride : pool);
+    flags = reinterpret_cast<uint8_t*>(p.normalizes_groups() ? pool + tokens : pool);
   }
 };
 

@@ -12,7 +12,10 @@ struct Shared {
 };
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSM) value_loss_kernel(const __grid_constant__ ValueParams p) {
+constexpr int kValueBlocksPerSM = sizeof(C) == 4 ? 3 : kBlocksPerSM;
+
+template <class C>
+__global__ void __launch_bounds__(kThreads, kValueBlocksPerSM<C>) value_loss_kernel(const __grid_constant__ ValueParams p) {
   __shared__ Shared shared;
   const Team team(p);
   const int warp = threadIdx.x / 32;
@@ -75,7 +78,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSM) value_loss_kernel(cons
 }
 
 int64_t blocks(const ValueParams& p) {
-  return p.wide ? blocks_for<value_loss_kernel<double>>(p) : blocks_for<value_loss_kernel<float>>(p);
+  return p.wide ? blocks_for<value_loss_kernel<double>>(p, kValueBlocksPerSM<double>)
+                : blocks_for<value_loss_kernel<float>>(p, kValueBlocksPerSM<float>);
 }
 
 // 0 stays 0, whatever the factor is.
