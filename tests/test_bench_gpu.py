@@ -71,7 +71,7 @@ def test_gpu_check_stops_in_time(monkeypatch):
 def test_gpu_check_asks_for_cuda(tmp_path):
     known = gpu_check.stages(tmp_path, "abc")
     sanitizers = ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert list(known) == ["build", "tests", *sanitizers, *suites.NAMES]
+    assert list(known) == ["build", "tests", "gpu-tests", *sanitizers, *suites.NAMES]
     assert known["tests"].environment["PAMA_EXT_REQUIRE_CUDA"] == "1"
     assert known["build"].environment == {"PAMA_EXT_CUDA": "1"}
     command = " ".join(known["gae"].command)
