@@ -96,7 +96,9 @@ class Problem:
     def to(self, device: torch.device) -> Problem:
         options = {k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
         if isinstance(normalize := options.get("normalize"), Normalize):
-            groups = {k: g.to(device) for k in ("group_ids", "group_offsets") if (g := getattr(normalize, k)) is not None}
+            groups = {
+                k: g.to(device) for k in ("group_ids", "group_offsets") if (g := getattr(normalize, k)) is not None
+            }
             options["normalize"] = dataclasses.replace(normalize, **groups)
         return dataclasses.replace(self, values=_moved(self.values, device), options=options)
 

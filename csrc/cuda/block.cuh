@@ -50,13 +50,6 @@ class Block : Scanner<typename Storage<S>::Compute> {
     last = min(tokens, first + run);
   }
 
-  // By how much the first tile is shorter, of more than one. Half of the blocks begin with half a tile, so that of two
-  // on a multiprocessor one loads while the other computes.
-  __device__ __forceinline__ int64_t shorter(int64_t tokens) const {
-    constexpr int kStep = Tile<C>::kStep;
-    return tokens > tile.tokens && 2 * blockIdx.x >= gridDim.x ? tile.tokens / 2 / kStep * kStep : 0;
-  }
-
   __device__ __forceinline__ void load(int64_t first, int count, uint64_t wanted, bool gates) {
     __syncthreads();  // the tile before may still be read
     load_tile<S>(p, first, count, wanted, gates, tile);
@@ -81,8 +74,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
       int64_t first = rows.first * p.row_tokens, size = (rows.last - rows.first) * p.row_tokens;
       int64_t last = first + many * size;
       if (batch) my_tokens(first, last);
-      const int64_t origin = first - (batch ? shorter(last - first) : 0);
-      const int64_t tiles = (last - origin + tile.tokens - 1) / tile.tokens;
+      const int64_t tiles = (last - first + tile.tokens - 1) / tile.tokens;
       if (kGram) this->clear_gram();
       if (together == 1) this->clear_slices();
       uint64_t wanted = everyone;
@@ -99,8 +91,8 @@ class Block : Scanner<typename Storage<S>::Compute> {
           if (tiles == 0) break;
         }
         const bool forward = step < tiles;
-        const int64_t at = origin + (forward ? step : 2 * tiles - 1 - step) * tile.tokens, from = max(first, at);
-        const int count = static_cast<int>(min(at + tile.tokens, last) - from);
+        const int64_t from = first + (forward ? step : 2 * tiles - 1 - step) * tile.tokens;
+        const int count = static_cast<int>(min(int64_t{tile.tokens}, last - from));
         if (step != tiles) load(from, count, wanted, forward);
         if (forward && together > 1) {
           this->scan_pools(count, static_cast<int>(size));
@@ -138,9 +130,8 @@ class Block : Scanner<typename Storage<S>::Compute> {
     const bool plain = p.plain && p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token;
     double low = 0.0, high = 0.0, value = 0.0, used = 0.0;
     this->clear_slices();
-    for (int64_t at = first - shorter(last - first); at < last; at += tile.tokens) {
-      const int64_t k = max(first, at);
-      const int count = static_cast<int>(min(at + tile.tokens, last) - k);
+    for (int64_t k = first; k < last; k += tile.tokens) {
+      const int count = static_cast<int>(min(int64_t{tile.tokens}, last - k));
       load(k, count, ~uint64_t{0} >> (64 - p.n), true);
       scan(count, k == first);
       __syncthreads();  // results may take the place of what is scanned
@@ -202,8 +193,8 @@ class Block : Scanner<typename Storage<S>::Compute> {
     write_statistics(total, i, p.n, static_cast<C*>(p.packed));
   }
 
-  // The combination of the tile under the weights of its pools, which have `size` tokens each, in the place of the first
-  // objective; in place, the shares.
+  // The combination of the tile under the weights of its pools, which have `size` tokens each, in the place of the
+  // first objective; in place, the shares.
   __device__ __forceinline__ void weigh_pools(int count, int size) {
     for (int k = threadIdx.x; k < count; k += kThreads) {
       const C* weights = shared.share + k / size * p.n;

@@ -203,7 +203,8 @@ __global__ void __launch_bounds__(kThreads, 4) gae_block_kernel(const __grid_con
     __syncthreads();
     C* const flat_advantages =
         reinterpret_cast<C*>(p.advantages.data) + origin.row * p.advantages.row + origin.col * p.advantages.col;
-    C* const flat_returns = reinterpret_cast<C*>(p.returns.data) + origin.row * p.returns.row + origin.col * p.returns.col;
+    C* const flat_returns =
+        reinterpret_cast<C*>(p.returns.data) + origin.row * p.returns.row + origin.col * p.returns.col;
     Walk out(objectives_adjacent ? n : count);
     for (int e = threadIdx.x; e < count * n; e += kThreads, out.advance()) {
       const int k = objectives_adjacent ? out.row : out.column, i = objectives_adjacent ? out.column : out.row;
@@ -222,9 +223,7 @@ __global__ void __launch_bounds__(kThreads, 4) gae_block_kernel(const __grid_con
 }
 
 // Whether the objectives of a token stand side by side, and the tokens of a sequence after each other.
-bool in_turns(const Plane* planes, int n) {
-  return n == 1 ? planes[0].col == 1 : adjacent(planes, n, DType::kFloat32);
-}
+bool in_turns(const Plane* planes, int n) { return n == 1 ? planes[0].col == 1 : adjacent(planes, n, DType::kFloat32); }
 bool in_turns(const Planes& out, int n) { return out.col == n && (n == 1 || out.objective == 1); }
 
 bool is_flat(const GaeParams& p) {

@@ -68,30 +68,27 @@ struct Entry {
   bool finite, taken, positive, nonzero, clipped;
 };
 
-// What the lanes of a warp, or `lanes` of them, have found in one objective, each in tokens of its own: sums around a
-// centre near their mean. Counts fit 16 bits.
+// What the lanes of a warp, or `lanes` of them, have found in one objective, each in tokens of its own: sums around
+// their mean. Counts fit 16 bits.
 template <class C>
 struct Sums {
   C centre{0}, deviation{0}, squares{0}, active{0};
   C low = static_cast<C>(HUGE_VAL), high = -static_cast<C>(HUGE_VAL);
-  unsigned seen = 0, usable = 0, valid = 0, positive_nonzero = 0, clipped = 0;
+  unsigned usable = 0, valid = 0, positive_nonzero = 0, clipped = 0;
 
   // The mean of the usable ones: call see() for each, then find_centre().
   __device__ __forceinline__ void see(C raw, bool valid) {
-    if (valid & is_finite(raw)) centre += raw, ++seen;
+    if (valid & is_finite(raw)) centre += raw, ++usable;
   }
   __device__ __forceinline__ void find_centre(int lanes) {
-    seen = warp_sum(seen, lanes);
-    centre_on(warp_sum(centre, lanes) / static_cast<C>(seen > 0 ? seen : 1));
-  }
-  __device__ __forceinline__ void centre_on(C mean) {
-    centre = is_finite(mean) ? mean : C{0};  // or the sum of huge entries has overflowed
+    usable = warp_sum(usable, lanes);
+    centre = warp_sum(centre, lanes) / static_cast<C>(usable > 0 ? usable : 1);
+    if (!is_finite(centre)) centre = C{0};  // the sum of huge entries has overflowed
   }
 
   template <bool kPlain>
   __device__ __forceinline__ void add(C raw, const Entry<C>& e) {
     if (e.finite) {
-      ++usable;
       const C d = raw - centre;
       deviation += d;
       squares += d * d;
@@ -112,9 +109,7 @@ struct Sums {
       low = static_cast<C>(fmin(low, __shfl_xor_sync(0xffffffffu, low, offset)));
       high = static_cast<C>(fmax(high, __shfl_xor_sync(0xffffffffu, high, offset)));
     }
-    usable = warp_sum(valid << 16 | usable, lanes);
-    valid = usable >> 16;
-    usable &= 0xffff;
+    valid = warp_sum(valid, lanes);
     positive_nonzero = warp_sum(positive_nonzero, lanes);
     clipped = warp_sum(clipped, lanes);
   }
@@ -139,8 +134,8 @@ class Scanner {
   __device__ __forceinline__ Scanner(const CombineParams& params, char* memory)
       : p(params), shared(*reinterpret_cast<Shared<C>*>(memory)), tile(memory + sizeof(Shared<C>), params) {}
 
-  // Objective i at token k of the tile, byte t of its flags: A after reward_weights, and I(A). Plain: neither normalised nor weighted nor
-  // signed, and NaN is nowhere kept.
+  // Objective i at token k of the tile, byte t of its flags: A after reward_weights, and I(A). Plain: neither
+  // normalised nor weighted nor signed, and NaN is nowhere kept.
   template <bool kPlain>
   __device__ __forceinline__ Entry<C> entry(int i, int k, C raw, unsigned flags, int t = 0) const {
     const bool valid = has(flags, kValidFlag, t), not_above = has(flags, kNotAboveFlag, t);
@@ -182,7 +177,7 @@ class Scanner {
   }
 
   // Statistics of a tile, added to part[slice, n], or the first there: a warp takes a slice of the tokens, of some of
-  // the objectives. The centre is the slice's mean, then that of the tiles before.
+  // the objectives.
   template <bool kPlain>
   __device__ __forceinline__ void scan_slices(int count, bool first) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -192,18 +187,13 @@ class Scanner {
     for (int i = objective, turn = 0; i < p.n; i += apart, ++turn) {
       const C* x = tile.x + i * tile.stride;
       Sums<C> sums;
-      const Moments& kept = shared.part[slice * p.n + i];
-      if (first || kept.count == 0) {
-        for (int k = begin; k < count; k += step) {
-          const auto raw = pack<C, kQuad>(x + k);
-          const unsigned flags = flags_of_quad(k);
+      for (int k = begin; k < count; k += step) {
+        const auto raw = pack<C, kQuad>(x + k);
+        const unsigned flags = flags_of_quad(k);
 #pragma unroll
-          for (int t = 0; t < kQuad; ++t) sums.see(raw.at[t], has(flags, kValidFlag, t));
-        }
-        sums.find_centre(32);
-      } else {
-        sums.centre_on(static_cast<C>(kept.mean));
+        for (int t = 0; t < kQuad; ++t) sums.see(raw.at[t], has(flags, kValidFlag, t));
       }
+      sums.find_centre(32);
       for (int k = begin; k < count; k += step) {
         const auto raw = pack<C, kQuad>(x + k);
         const unsigned flags = flags_of_quad(k);

@@ -58,8 +58,8 @@ struct Tile {
   }
 };
 
-// Calls each(k, integral_constant<turns>) for k = first, first + step, ... below count, whose work is done as many times
-// at once as it says: as long as there is enough, kTurns of them, then one by one.
+// Calls each(k, integral_constant<turns>) for k = first, first + step, ... below count, whose work is done as many
+// times at once as it says: as long as there is enough, kTurns of them, then one by one.
 template <int kTurns, class F>
 __device__ __forceinline__ void in_turns(int first, int step, int count, F each) {
   int k = first;

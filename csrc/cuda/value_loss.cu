@@ -15,7 +15,8 @@ template <class C>
 constexpr int kValueBlocksPerSM = sizeof(C) == 4 ? 3 : kBlocksPerSM;
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, kValueBlocksPerSM<C>) value_loss_kernel(const __grid_constant__ ValueParams p) {
+__global__ void __launch_bounds__(kThreads, kValueBlocksPerSM<C>)
+    value_loss_kernel(const __grid_constant__ ValueParams p) {
   __shared__ Shared shared;
   const Team team(p);
   const int warp = threadIdx.x / 32;

@@ -71,8 +71,8 @@ PAMA_HD void merge(Moments& into, const Moments& from) {
   add_counts(into, from);
 }
 
-// The same of many without a division for each: sums of deviations from a centre near all means in place of the mean, of
-// which gathered() makes moments.
+// The same of many without a division for each: sums of deviations from a centre near all means in place of the mean,
+// of which gathered() makes moments.
 PAMA_HD void gather(Moments& into, const Moments& from, double centre) {
   const double n = static_cast<double>(from.count), apart = from.count > 0 ? from.mean - centre : 0.0;
   into.mean += n * apart;

@@ -65,8 +65,8 @@ PAMA_HD double solve_closed_form(double* a, uint64_t kept, int n) {
 }
 
 // Weights of one pool of tokens (the batch, a row, a group), where its scalars a_i stand, from its moments, and for
-// min-norm from `gram`, the sums of I(A_i) I(A_j) and at [n * n] the number of tokens with data; returns s*, for min-norm
-// the norm, a root mean square.
+// min-norm from `gram`, the sums of I(A_i) I(A_j) and at [n * n] the number of tokens with data; returns s*, for
+// min-norm the norm, a root mean square.
 PAMA_HD double solve_scalars(const CombineParams& p, const Moments* m, const double* gram, double* scratch,
                              double* weights) {
   if (p.solver == Solver::kFixed) {
