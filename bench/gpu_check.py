@@ -49,20 +49,21 @@ class Stage:
 
 
 def stages(out: Path, commit: str = "") -> dict[str, Stage]:
-    """All stages by name, in the order they run; suites of benchmarks write their records to ``out``."""
+    """All stages by name, in the order they run; what is measured is written to ``out``."""
     python = sys.executable
     pytest = (python, "-m", "pytest", "-q", "-ra", "--tb=short", "tests")
     required = {"PAMA_EXT_REQUIRE_CUDA": "1"}
     if importlib.util.find_spec("xdist"):  # many processes of one thread, with some cores left for the sanitizers
         pytest += ("-n", str(max(1, (os.cpu_count() or 1) - 4)), "--dist", "worksteal")
         required["OMP_NUM_THREADS"] = "1"
-    bench = ("--device", "cuda", "--seconds", str(BENCH_S), "--out", str(out.resolve()))
-    bench += ("--commit", commit) if commit else ()
+    where = ("--out", str(out.resolve()), *(("--commit", commit) if commit else ()))
+    bench = ("--device", "cuda", "--seconds", str(BENCH_S), *where)
     return {
         "build": Stage((python, "setup.py", "build_ext", "--inplace"), 240, {"PAMA_EXT_CUDA": "1"}),
         "tests": Stage(pytest, 400, required, beside=True),
         "gpu-tests": Stage((*pytest, "-m", "cuda"), 240, required, beside=True),
         **{tool: sanitizer(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")},
+        "ceilings": Stage((python, "-m", "bench.ceilings", *where), 60),
         **{name: Stage((python, "-m", "bench", name, *bench), 420) for name in suites.NAMES},
     }
 

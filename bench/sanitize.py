@@ -22,7 +22,7 @@ SHAPES = (
     (5, 129, 2),  # a row that is no multiple of anything
     (3, 257, 5),  # odd number of objectives: vector accesses are unaligned from row to row
 )
-MIDDLE, LARGE = (64, 256, 3), (64, 512, 3)  # a cluster of blocks, a grid of them
+MIDDLE, LARGE = (64, 128, 3), (64, 512, 3)  # a cluster of blocks, a grid of them
 LEVELS = ("batch", "sequence", "token")
 SOLVERS = ("closed_form", "fixed")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 
-from bench import gpu_check, sanitize, suites
+from bench import ceilings, gpu_check, sanitize, suites
 
 
 def test_sanitizer_program_runs(capsys):
@@ -71,9 +72,27 @@ def test_gpu_check_stops_in_time(monkeypatch):
 def test_gpu_check_asks_for_cuda(tmp_path):
     known = gpu_check.stages(tmp_path, "abc")
     sanitizers = ["memcheck", "racecheck", "initcheck", "synccheck"]
-    assert list(known) == ["build", "tests", "gpu-tests", *sanitizers, *suites.NAMES]
+    assert list(known) == ["build", "tests", "gpu-tests", *sanitizers, "ceilings", *suites.NAMES]
     assert known["tests"].environment["PAMA_EXT_REQUIRE_CUDA"] == "1"
     assert known["build"].environment == {"PAMA_EXT_CUDA": "1"}
     command = " ".join(known["gae"].command)
     for part in ("-m bench gae", "--device cuda", f"--out {tmp_path}", "--commit abc"):
         assert part in command
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_ceilings_compile(tmp_path):
+    ceilings.compile_program(tmp_path / "ceilings", "sm_90")
+    assert (tmp_path / "ceilings").stat().st_size > 0
+
+
+def test_stages_that_may_run_side_by_side_do(tmp_path):
+    """Each waits for a file that the other writes."""
+    wait = "import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\n"
+    wait += "while not pathlib.Path(sys.argv[2]).exists(): time.sleep(0.01)"
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    commands = {"first": (one, other), "second": (other, one)}
+    chosen = {
+        name: gpu_check.Stage((sys.executable, "-c", wait, *files), 30, beside=True) for name, files in commands.items()
+    }
+    assert [(entry["stage"], entry["status"]) for entry in gpu_check.check(chosen)] == [("first", 0), ("second", 0)]

@@ -189,7 +189,7 @@ def test_every_access_and_number_of_objectives(kernel, device, n, memory, in_pla
 
 @pytest.mark.parametrize("level", [*LEVELS, "group"])
 def test_a_cluster_and_a_grid_meet_alike(kernel, device, level):
-    advantages, mask, log_ratio = problem((12, 1000, 3))
+    advantages, mask, log_ratio = problem((12, 900, 3))
     results = []
     for capability in (9, 8):
         device(capability, 228 * 1024)

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
 LEVELS = ("batch", "sequence", "token")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# Elements that one block takes, a cluster of two and of eight, a grid, a grid that holds all, and one that cannot.
-ELEMENTS = {"block": 8000, "two": 9000, "cluster": 65000, "grid": 70000, "resident": 1 << 21, "streams": 1 << 25}
+# Elements that one block takes, a cluster of three and of eight, a grid, a grid that holds all, and one that cannot.
+ELEMENTS = {"block": 4000, "three": 5000, "cluster": 32000, "grid": 35000, "resident": 1 << 21, "streams": 1 << 25}
 
 
 def problem(shape, dtype=torch.float32, seed=0):

@@ -81,7 +81,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
       for (int64_t step = 0; step < 2 * tiles || step == tiles; ++step) {
         if (step == tiles) {
           if (together == 1) this->merge_slices();
-          if (batch) {
+          if (batch && gridDim.x > 1) {
             keep_total();
             meet(true);
           }
@@ -176,9 +176,8 @@ class Block : Scanner<typename Storage<S>::Compute> {
       shared.values[threadIdx.x] = solve_scalars(p, moments + threadIdx.x * p.n, gram, scratch, weights);
       for (int i = 0; i < p.n; ++i) shared.share[threadIdx.x * p.n + i] = static_cast<C>(weights[i]);
     }
-    if (solves_batch()) write_totals();  // by other threads
     __syncthreads();
-    if (solves_batch()) return;
+    if (solves_batch()) return write_totals();  // by few threads, while the others combine
     merge_parts(shared.part, many, p.n);
     if (threadIdx.x < p.n) merge(shared.total[threadIdx.x], shared.part[threadIdx.x]);
     __syncthreads();
@@ -452,7 +451,9 @@ class Block : Scanner<typename Storage<S>::Compute> {
   }
 
   // Of all blocks, once they have met.
-  __device__ __forceinline__ const Moments* met() const { return gridDim.x > 1 ? shared.part : shared.total; }
+  __device__ __forceinline__ const Moments* met() const {
+    return gridDim.x > 1 || solves_batch() ? shared.part : shared.total;
+  }
 
   // The totals of all blocks, merged for every block (`everywhere`) or for the first.
   __device__ __forceinline__ void meet(bool everywhere) {

@@ -25,9 +25,9 @@ static_assert(kThreads >= kMaxObjectives + 2, "one thread per objective, and two
 // distributed shared memory (compute capability 9.0), or in a grid that is resident as a whole, through memory.
 //
 //   elements        blocks                                          meet in
-//   up to 8192      1                                               the block
-//   up to 65536     8 at most, one for 8192 elements                a cluster; where there is none, the grid
-//   beyond          2 a multiprocessor at most, one for 4096        the grid
+//   up to 4096      1                                               the block
+//   up to 32768     8 at most, one for 2048 elements                a cluster; where there is none, the grid
+//   beyond          2 a multiprocessor at most, one for 2048        the grid
 //
 // A tile is as large as the share of a block, or as what fits into half of a multiprocessor's shared memory.
 struct ShapeRow {
@@ -36,9 +36,9 @@ struct ShapeRow {
   Meeting meeting;
 };
 constexpr ShapeRow kShapes[] = {
-    {8192, 8192, 1, Meeting::kBlock},
-    {65536, 8192, kClusterBlocks, Meeting::kCluster},
-    {INT64_MAX, 4096, INT32_MAX, Meeting::kGrid},
+    {4096, 4096, 1, Meeting::kBlock},
+    {32768, 2048, kClusterBlocks, Meeting::kCluster},
+    {INT64_MAX, 2048, INT32_MAX, Meeting::kGrid},
 };
 
 template <class S, Kind kKind>

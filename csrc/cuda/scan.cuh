@@ -218,7 +218,8 @@ class Scanner {
   // What the slices have found since they were cleared, in part[n].
   __device__ __forceinline__ void merge_slices() {
     __syncthreads();
-    if (threadIdx.x < p.n && p.tile_slices > 1) {
+    if (p.tile_slices == 1) return;
+    if (threadIdx.x < p.n) {
       Moments* part = shared.part + threadIdx.x;
       Moments m = Moments::empty();
       for (int k = 0; k < p.tile_slices; ++k) gather(m, part[k * p.n], part[0].mean);
