@@ -201,6 +201,20 @@ def test_a_cluster_and_a_grid_meet_alike(kernel, device, level):
     assert_results(results[0][:2], advantages, mask, log_ratio, level=level, normalize=Normalize(group_size=4))
 
 
+@pytest.mark.parametrize("level", ["batch", "token"])
+@pytest.mark.parametrize("valid", [1, 640])
+def test_blocks_may_be_far_from_the_first(kernel, level, valid):
+    """In the first block stands what differs from all others, in one token or in most."""
+    advantages, mask, log_ratio = problem((9, 307, 4), torch.float64)
+    advantages, flat = advantages.nan_to_num(0, 0, 0) + 0.1, mask.view(-1)
+    flat[:] = True
+    flat[valid:704] = False
+    advantages.view(-1, 4)[:valid] += 1234567.89
+    combined, packed, blocks = run(kernel, advantages, mask, log_ratio, 0, level=level)
+    assert blocks == 4  # of 704 tokens
+    assert_results((combined, packed), advantages, mask, log_ratio, level=level)
+
+
 @pytest.mark.parametrize("n", [3, 20])
 def test_a_tile_that_left_is_read_again(kernel, device, n):
     """A block with more tokens than its shared memory holds computes what one with room for all of them does."""

@@ -137,3 +137,13 @@ def test_equal_objectives_get_equal_bits(elements):
     assert torch.equal(result.weights, torch.full((5,), 0.2, device=CUDA))
     for field in result.stats:
         assert len(set(field.tolist())) == 1
+
+
+@pytest.mark.parametrize("level", ["batch", "token"])
+def test_blocks_may_be_far_from_the_first(level):
+    """Moments of blocks are summed around that of the first, where it is near."""
+    x, options = problem((64, 4096, 3), torch.float64)
+    x[0] += 1e6
+    options["mask"][0, 1:] = False
+    expected = combine(x, **options, level=level)
+    assert_like(combine(x.to(CUDA), **moved(options, CUDA), level=level), expected)

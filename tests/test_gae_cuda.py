@@ -48,6 +48,15 @@ def test_layouts(shape, dim, form):
             assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_rows_with_gaps(n):
+    """The entries of a sequence follow each other, the sequences do not."""
+    arguments = make((5, 700, n))
+    whole = {name: torch.cat([arguments[name], arguments[name]], 1).to(CUDA) for name in ("rewards", "values")}
+    moved = there(arguments) | {name: x[:, :700] for name, x in whole.items()}
+    assert_computes(here(call(gae, moved)), arguments)
+
+
 @pytest.mark.parametrize("packed", [[], [0], [1], [0, 1, 0, 5, 600, 0], [3] * 90], ids=str)
 @pytest.mark.parametrize("kind", [torch.int32, torch.int64], ids=str)
 def test_packed(kind, packed):

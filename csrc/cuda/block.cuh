@@ -76,7 +76,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
       if (batch) my_tokens(first, last);
       const int64_t tiles = (last - first + tile.tokens - 1) / tile.tokens;
       if (kGram) this->clear_gram();
-      if (together == 1) this->clear_slices();
+      if (together == 1 && tiles == 0) this->clear_slices();
       uint64_t wanted = everyone;
       for (int64_t step = 0; step < 2 * tiles || step == tiles; ++step) {
         if (step == tiles) {
@@ -129,7 +129,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
     my_tokens(first, last);
     const bool plain = p.plain && p.solver != Solver::kFixed && !p.skip_inactive && !p.per_token;
     double low = 0.0, high = 0.0, value = 0.0, used = 0.0;
-    this->clear_slices();
+    if (first == last) this->clear_slices();
     for (int64_t k = first; k < last; k += tile.tokens) {
       const int count = static_cast<int>(min(int64_t{tile.tokens}, last - k));
       load(k, count, ~uint64_t{0} >> (64 - p.n), true);
@@ -305,14 +305,13 @@ class Block : Scanner<typename Storage<S>::Compute> {
         }
       }
       Pack<C, kQuad> combined = {};
-      C value{0}, present{0};
+      int present = 0;
 #pragma unroll
       for (int t = 0; t < kQuad; ++t) {
         shares[t] = C{1} / static_cast<C>(ties[t]);
-        if (low[t] < inf) value += low[t], present += C{1};
+        if (low[t] < inf) values += static_cast<double>(low[t]), ++present;
       }
-      values += static_cast<double>(value);
-      used += static_cast<double>(present);
+      used += present;
       for (int i = 0; i < p.n; ++i) {
         Pack<C, kQuad> x = {};
         if (there) x = pack<C, kQuad>(tile.x + i * tile.stride + k);
@@ -415,7 +414,6 @@ class Block : Scanner<typename Storage<S>::Compute> {
   __device__ __forceinline__ void mean_shares() {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     double* sums = shared.sums[0];
-    __syncthreads();  // they may still be read
     for (int k = warp; k < p.n + 2; k += kWarps) {
       double sum = 0.0;
 #pragma unroll 4
@@ -455,7 +453,8 @@ class Block : Scanner<typename Storage<S>::Compute> {
     return gridDim.x > 1 || solves_batch() ? shared.part : shared.total;
   }
 
-  // The totals of all blocks, merged for every block (`everywhere`) or for the first.
+  // The totals of all blocks, merged for every block (`everywhere`) or for the first: see met(). Called once, as it
+  // arrives at the barrier of a cluster at which run() waits; no block's total is read after that.
   __device__ __forceinline__ void meet(bool everywhere) {
     if (p.meeting == Meeting::kGrid && threadIdx.x < p.n)
       block_moments(p, blockIdx.x)[threadIdx.x] = shared.total[threadIdx.x];

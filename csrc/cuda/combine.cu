@@ -29,7 +29,8 @@ static_assert(kThreads >= kMaxObjectives + 2, "one thread per objective, and two
 //   up to 32768     8 at most, one for 2048 elements                a cluster; where there is none, the grid
 //   beyond          2 a multiprocessor at most, one for 2048        the grid
 //
-// A tile is as large as the share of a block, or as what fits into half of a multiprocessor's shared memory.
+// A tile is as large as the share of a block or as a whole number of small pools, as what fits into half of a
+// multiprocessor's shared memory, or as kTileTokens.
 struct ShapeRow {
   int64_t up_to, elements_per_block;
   int most_blocks;

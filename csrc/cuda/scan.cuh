@@ -1,4 +1,4 @@
-// The statistics of a tile: pieces of one objective each, by a warp or a part of one. And the Gram matrix.
+// The statistics of a tile, by a warp for a slice of it or a part of a warp for a small pool. And the Gram matrix.
 #pragma once
 
 #include "pama/solve.h"
@@ -8,7 +8,7 @@ namespace pama {
 
 constexpr int kUnits = 128;           // slices or pools of a tile, times objectives
 constexpr int kPoolTokens = 256;      // of a pool that shares its tile with others
-constexpr int kTileTokens = 1 << 15;  // at most, so that counts fit 16 bits
+constexpr int kTileTokens = 1 << 13;  // at most: a lane adds up 32 of them, and counts fit 16 bits
 static_assert(kUnits >= kMaxObjectives, "a unit for each objective");
 
 __host__ __device__ constexpr int64_t gram_size(int n) { return static_cast<int64_t>(n) * n + 1; }
@@ -74,6 +74,7 @@ template <class C>
 struct Sums {
   C centre{0}, deviation{0}, squares{0}, active{0};
   C low = static_cast<C>(HUGE_VAL), high = -static_cast<C>(HUGE_VAL);
+  double all_active = 0.0;  // of all lanes, which may be more than C holds
   unsigned usable = 0, valid = 0, positive_nonzero = 0, clipped = 0;
 
   // The mean of the usable ones: call see() for each, then find_centre().
@@ -105,10 +106,10 @@ struct Sums {
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
       deviation += __shfl_xor_sync(0xffffffffu, deviation, offset);
       squares += __shfl_xor_sync(0xffffffffu, squares, offset);
-      active += __shfl_xor_sync(0xffffffffu, active, offset);
       low = static_cast<C>(fmin(low, __shfl_xor_sync(0xffffffffu, low, offset)));
       high = static_cast<C>(fmax(high, __shfl_xor_sync(0xffffffffu, high, offset)));
     }
+    all_active = warp_sum(static_cast<double>(active), lanes);
     valid = warp_sum(valid, lanes);
     positive_nonzero = warp_sum(positive_nonzero, lanes);
     clipped = warp_sum(clipped, lanes);
@@ -121,7 +122,7 @@ struct Sums {
     m.positive = positive_nonzero >> 16;
     m.nonzero = positive_nonzero & 0xffff;
     m.clipped = clipped;
-    m.active = static_cast<double>(active);
+    m.active = all_active;
     settle(m, static_cast<double>(centre), static_cast<double>(deviation), static_cast<double>(squares));
     if (m.count > 0) m.min = static_cast<double>(low), m.max = static_cast<double>(high);
     return m;
@@ -215,7 +216,7 @@ class Scanner {
     }
   }
 
-  // What the slices have found since they were cleared, in part[n].
+  // What the slices have found, in part[n].
   __device__ __forceinline__ void merge_slices() {
     __syncthreads();
     if (p.tile_slices == 1) return;

@@ -37,7 +37,7 @@ __device__ bool holds_pack(const T* x) {
 // little further apart, so that what is dealt out to several of them goes to several banks.
 template <class C>
 struct Tile {
-  C* x;       // [n, stride]: A'; later, in place, c_i A_i
+  C* x;       // [n, stride]: A'; later, in place, c_i A_i; else the first plane may hold the combination
   C* gated;   // [n, stride]: I(A), min-norm only
   int* pool;  // [tokens]: of Normalize.by, groups only
   uint8_t* flags;

@@ -90,10 +90,14 @@ struct CombineParams {
   // each solve), then value [1] (one for each solve).
   void* packed;
   void* workspace;  // CUDA only
-  Access access;    // these too: see cuda/combine.cu
+  Access access;    // these too, down to gate_high: see cuda/combine.cu
   Meeting meeting;
-  int tile_tokens;
-  int tile_pools;
+  int tile_tokens, tile_pools;
+  int tile_slices;            // of the tokens of a tile, each of another warp
+  bool plain;                 // an entry is its advantage, or 0 below 0
+  bool gates_together;        // mask and log_ratio have a byte and a float32 for a token after the other
+  bool out_together;          // out has its tokens after each other
+  float gate_low, gate_high;  // the bounds on a float32 log_ratio
 
   // Filled by the launchers, in their own memory. Tokens are then counted in grouped order: row k is order[k].
   const int64_t* order;   // [batch], or null: groups follow each other as they stand
@@ -108,12 +112,6 @@ struct CombineParams {
 
   Plane advantages[kMaxObjectives];
   double reward_values[kMaxObjectives];
-
-  int tile_slices;
-  bool plain;           // an entry is its advantage, or 0 below 0
-  bool gates_together;  // a byte of mask and a float32 of log_ratio after the other, and so the combination
-  bool out_together;
-  float gate_low, gate_high;  // the bounds on a float32 log_ratio
 
   // Whether there is more to do than statistics, solve and combination.
   PAMA_HD bool normalizes() const { return normalize.by != Pool::kNone || normalize.combined != Pool::kNone; }

@@ -71,8 +71,8 @@ PAMA_HD void merge(Moments& into, const Moments& from) {
   add_counts(into, from);
 }
 
-// The same of many without a division for each: sums of deviations from a centre near all means in place of the mean,
-// of which gathered() makes moments.
+// The same of many without a division for each: sums of deviations from a centre in place of the mean, of which
+// gathered() makes moments.
 PAMA_HD void gather(Moments& into, const Moments& from, double centre) {
   const double n = static_cast<double>(from.count), apart = from.count > 0 ? from.mean - centre : 0.0;
   into.mean += n * apart;
@@ -85,11 +85,13 @@ PAMA_HD void add_gathered(Moments& into, const Moments& from) {
   add_counts(into, from);
 }
 
-// False where the centre was that of nothing, or squares have overflowed: then merge().
+// False where squares have overflowed or the centre, the mean of `at_centre`, is too far from that of all: then
+// merge().
 PAMA_HD bool gathered(Moments& m, const Moments& at_centre) {
-  if (at_centre.count == 0 || !(m.m2 - m.m2 == 0.0)) return m.count == 0;
-  settle(m, at_centre.mean, m.mean, m.m2);
-  return true;
+  const double spread = m.m2;
+  if (at_centre.count == 0 || !(spread - spread == 0.0)) return m.count == 0;
+  settle(m, at_centre.mean, m.mean, spread);
+  return 4.0 * m.m2 >= spread;
 }
 
 // Writes the column of objective `i` of the packed [kStatistics, n] statistics.
