@@ -10,7 +10,7 @@
 namespace pama {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kBlocksPerSM = 2;   // of policy_loss: more would leave a thread too few registers
+constexpr int kBlocksPerSM = 2;   // more would leave a thread too few registers
 constexpr int kRunTokens = 2048;  // of a segment where rows do not count
 constexpr int kWarpRow = 256;     // up to this length a warp takes a row, else a block
 constexpr unsigned kAll = 0xffffffffu;
@@ -230,10 +230,10 @@ __device__ inline bool meet(const LossParams& p, int slots, int largest, double*
 
 // Blocks for a loss: as many as there are teams for, but all resident together if there is more than one.
 template <auto kKernel>
-int blocks_for(const LossParams& p, int most_per_multiprocessor = kBlocksPerSM) {
+int blocks_for(const LossParams& p) {
   const int64_t teams = p.by_rows() && p.cols <= kWarpRow ? kWarps : 1, wanted = (segments_of(p) + teams - 1) / teams;
   if (wanted <= 1) return 1;
-  const int64_t most = resident_blocks<kKernel>(p.device.index, kThreads, most_per_multiprocessor);
+  const int64_t most = resident_blocks<kKernel>(p.device.index, kThreads, kBlocksPerSM);
   return static_cast<int>(wanted < most ? wanted : most);
 }
 

@@ -74,7 +74,6 @@ template <class C>
 struct Sums {
   C centre{0}, deviation{0}, squares{0}, active{0};
   C low = static_cast<C>(HUGE_VAL), high = -static_cast<C>(HUGE_VAL);
-  double all_active = 0.0;  // of all lanes, which may be more than C holds
   unsigned usable = 0, valid = 0, positive_nonzero = 0, clipped = 0;
 
   // The mean of the usable ones: call see() for each, then find_centre().
@@ -106,10 +105,10 @@ struct Sums {
     for (int offset = lanes / 2; offset > 0; offset /= 2) {
       deviation += __shfl_xor_sync(0xffffffffu, deviation, offset);
       squares += __shfl_xor_sync(0xffffffffu, squares, offset);
+      active += __shfl_xor_sync(0xffffffffu, active, offset);
       low = static_cast<C>(fmin(low, __shfl_xor_sync(0xffffffffu, low, offset)));
       high = static_cast<C>(fmax(high, __shfl_xor_sync(0xffffffffu, high, offset)));
     }
-    all_active = warp_sum(static_cast<double>(active), lanes);
     valid = warp_sum(valid, lanes);
     positive_nonzero = warp_sum(positive_nonzero, lanes);
     clipped = warp_sum(clipped, lanes);
@@ -122,7 +121,7 @@ struct Sums {
     m.positive = positive_nonzero >> 16;
     m.nonzero = positive_nonzero & 0xffff;
     m.clipped = clipped;
-    m.active = all_active;
+    m.active = static_cast<double>(active);
     settle(m, static_cast<double>(centre), static_cast<double>(deviation), static_cast<double>(squares));
     if (m.count > 0) m.min = static_cast<double>(low), m.max = static_cast<double>(high);
     return m;

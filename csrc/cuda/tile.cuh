@@ -10,7 +10,9 @@ namespace pama {
 
 constexpr int kBytes = 16;  // of one access to device memory
 constexpr int kQuad = 4;    // tokens that a thread works on at once
-constexpr int kLoads = 8;   // accesses that a thread has under way, so that memory does not wait for it
+// Accesses that a thread has under way, so that memory does not wait for it.
+template <class S>
+constexpr int kLoads = sizeof(S) == 2 ? 4 : 8;
 
 enum TokenFlags : uint8_t { kValidFlag = 1, kNotAboveFlag = 2, kNotBelowFlag = 4, kPresentFlag = 8 };
 
@@ -77,7 +79,7 @@ __device__ __forceinline__ void in_turns(int first, int step, int count, F each)
 //   thread 0, float, N = 3    a0 b0 c0 a1 | b1 c1 a2 b2 | c2 a3 b3 c3   ->   a0 a1 a2 a3 .. | b0 b1 b2 b3 .. | c0 ..
 template <int N, class S, class C>
 __device__ __forceinline__ void load_interleaved(const S* __restrict from, int count, const Tile<C>& tile) {
-  constexpr int kVec = kBytes / sizeof(S), kStep = kThreads * kVec, kMost = N < kLoads ? kLoads / N : 1;
+  constexpr int kVec = kBytes / sizeof(S), kStep = kThreads * kVec, kMost = N < kLoads<S> ? kLoads<S> / N : 1;
   in_turns<kMost>(threadIdx.x * kVec, kStep, count, [&](int first, auto turns) {
     constexpr int kTurns = decltype(turns)::value;
     Pack<S, kVec> raw[kTurns][N];
@@ -105,7 +107,7 @@ template <int N, class S, class C>
 __device__ __forceinline__ void load_flat(const S* __restrict from, int count, int n, const Tile<C>& tile) {
   constexpr int kVec = kBytes / sizeof(S), kStep = kThreads * kVec;
   if (N > 0) n = N;
-  in_turns<kLoads>(threadIdx.x * kVec, kStep, count * n, [&](int first, auto turns) {  // kVec divides the count
+  in_turns<kLoads<S>>(threadIdx.x * kVec, kStep, count * n, [&](int first, auto turns) {  // kVec divides the count
     constexpr int kTurns = decltype(turns)::value;
     Pack<S, kVec> raw[kTurns];
 #pragma unroll
@@ -180,7 +182,7 @@ __device__ __forceinline__ int load_flags(const CombineParams& p, int64_t first,
     return 0;
   constexpr int kStep = kQuad * kThreads;
   const int whole = count / kQuad * kQuad;
-  in_turns<kLoads / 4>(kQuad * (kThreads - 1 - threadIdx.x), kStep, whole, [&](int k, auto turns) {
+  in_turns<2>(kQuad * (kThreads - 1 - threadIdx.x), kStep, whole, [&](int k, auto turns) {
     constexpr int kTurns = decltype(turns)::value;
     unsigned valid[kTurns];
     Pack<float, kQuad> log_u[kTurns];

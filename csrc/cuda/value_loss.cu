@@ -12,11 +12,7 @@ struct Shared {
 };
 
 template <class C>
-constexpr int kValueBlocksPerSM = sizeof(C) == 4 ? 3 : kBlocksPerSM;
-
-template <class C>
-__global__ void __launch_bounds__(kThreads, kValueBlocksPerSM<C>)
-    value_loss_kernel(const __grid_constant__ ValueParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSM) value_loss_kernel(const __grid_constant__ ValueParams p) {
   __shared__ Shared shared;
   const Team team(p);
   const int warp = threadIdx.x / 32;
@@ -79,8 +75,7 @@ __global__ void __launch_bounds__(kThreads, kValueBlocksPerSM<C>)
 }
 
 int64_t blocks(const ValueParams& p) {
-  return p.wide ? blocks_for<value_loss_kernel<double>>(p, kValueBlocksPerSM<double>)
-                : blocks_for<value_loss_kernel<float>>(p, kValueBlocksPerSM<float>);
+  return p.wide ? blocks_for<value_loss_kernel<double>>(p) : blocks_for<value_loss_kernel<float>>(p);
 }
 
 // 0 stays 0, whatever the factor is.
