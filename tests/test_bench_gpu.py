@@ -86,6 +86,26 @@ def test_ceilings_compile(tmp_path):
     assert (tmp_path / "ceilings").stat().st_size > 0
 
 
+def test_ceilings_are_recorded(tmp_path, monkeypatch, capsys):
+    def compile_program(target, architecture="native"):
+        target.write_text('#!/bin/sh\necho \'{"empty kernel": 0.9, "barrier of a block": 0.02}\'\n')
+        target.chmod(0o755)
+
+    monkeypatch.setattr(ceilings, "compile_program", compile_program)
+    ceilings.main(["--out", str(tmp_path), "--commit", "abc"])
+    record = json.loads((tmp_path / "ceilings.json").read_text())
+    assert record["microseconds"] == {"empty kernel": 0.9, "barrier of a block": 0.02}
+    assert record["header"]["commit"] == "abc"
+    assert "0.900" in capsys.readouterr().out
+
+
+def test_ceilings_need_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(SystemExit, match="nvcc was not found"):
+        ceilings.compile_program(tmp_path / "ceilings")
+
+
 def test_stages_that_may_run_side_by_side_do(tmp_path):
     """Each waits for a file that the other writes."""
     wait = "import pathlib, sys, time\npathlib.Path(sys.argv[1]).touch()\n"

@@ -248,3 +248,88 @@ def test_min_norm_is_that_of_the_cpu(n):
     moved = problem.to(CUDA)
     ours = combine(moved.values, **moved.options).weights.cpu()
     torch.testing.assert_close(ours, combine(problem.values, **problem.options).weights, rtol=1e-7, atol=1e-9)
+
+
+TIERS = {"block": (8, 100, 3), "cluster": (8, 1000, 3), "grid": (8, 20_000, 3)}  # see csrc/cuda/combine.cu
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_thousand_replays_with_other_inputs(tier, level):
+    problem = make(TIERS[tier], draw=normal, level=level).to(CUDA)
+    values = problem.values.clone()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        combine(values, **problem.options)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = combine(values, **problem.options)
+    inputs = [problem.values * scale for scale in (1.0, -0.5, 2.0, 0.25)]
+    expected = [combine(x, **problem.options) for x in inputs]
+    for k in range(1000):
+        values.copy_(inputs[k % 4])
+        graph.replay()
+        if k % 100 < 4:
+            assert_same_result(written, expected[k % 4])
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_ten_thousand_calls_hold_no_memory(tier):
+    problem = make(TIERS[tier], draw=normal).to(CUDA)
+    for _ in range(10):
+        combine(problem.values, **problem.options)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    for _ in range(10_000):
+        combine(problem.values, **problem.options)
+    torch.cuda.synchronize()
+    assert (torch.cuda.memory_allocated(), torch.cuda.memory_reserved()) == before
+
+
+def test_autocast_changes_nothing():
+    problem = on_gpu()
+    expected = combine(problem.values, **problem.options)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        assert_same_result(combine(problem.values, **problem.options), expected)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_repeats_under_load_from_another_stream(level):
+    problem = make((64, 4096, 3), draw=normal, level=level).to(CUDA)
+    first = combine(problem.values, **problem.options)
+    busy = torch.randn(2048, 2048, device=CUDA)
+    stream = torch.cuda.Stream()
+    for k in range(200):
+        with torch.cuda.stream(stream):
+            busy = busy @ busy / 64
+        again = combine(problem.values, **problem.options)
+        if k % 10 == 0:
+            assert_same_result(again, first)
+    torch.cuda.synchronize()
+
+
+def test_reduce_overhead():
+    """torch.compile's own CUDA graphs, with other inputs each time."""
+    problem, other = on_gpu(), on_gpu(seed=5)
+    compiled = torch.compile(lambda x, **options: combine(x, **options).advantages * 2, mode="reduce-overhead")
+    for source in (problem.values, other.values, problem.values, other.values):
+        torch.compiler.cudagraph_mark_step_begin()
+        got = compiled(source, **problem.options).clone()
+        assert_same_bits(got, combine(source, **problem.options).advantages * 2)
+
+
+@pytest.mark.parametrize("tier", TIERS)
+def test_streams_at_once(tier):
+    problem = make(TIERS[tier], draw=normal).to(CUDA)
+    expected = combine(problem.values, **problem.options)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    results = []
+    for k in range(40):
+        with torch.cuda.stream(streams[k % 4]):
+            results.append(combine(problem.values, **problem.options))
+    torch.cuda.synchronize()
+    for result in results:
+        assert_same_result(result, expected)

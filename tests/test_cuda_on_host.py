@@ -201,6 +201,35 @@ def test_a_cluster_and_a_grid_meet_alike(kernel, device, level):
     assert_results(results[0][:2], advantages, mask, log_ratio, level=level, normalize=Normalize(group_size=4))
 
 
+@pytest.mark.parametrize("memory", ["last", "first", "last, unaligned"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_what_is_left_out_where_nobody_asks_for_it_changes_nothing(kernel, level, dtype, memory):
+    """Weights of 1 take the general way through the entries; without them a shorter one is taken, to the same bits."""
+    where = {"first": memory.startswith("first"), "offset": int("unaligned" in memory)}
+    for shape in ((9, 307, 4), (3, 29, 2)):
+        inputs = problem(shape, dtype)
+        n = shape[-1]
+        plain, general = (
+            run(kernel, *inputs, 7, level=level, reward_weights=weights, **where) for weights in (None, [1.0] * n)
+        )
+        assert_same_bits(plain[0], general[0])
+        stats = slice(None, 10 * n if level == "token" else None)  # shares of tokens are added up in another order
+        assert_same_bits(plain[1][stats], general[1][stats])
+        torch.testing.assert_close(plain[1], general[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_rows_of_any_length(kernel, level):
+    """Quads of tokens that a tile, the mask or the result cut in any place."""
+    for tokens in (1, 2, 3, 4, 5, 31, 33, 127, 129, 1023, 1025):
+        advantages, mask, log_ratio = problem((1, tokens, 3))
+        mask[0, 0] = True
+        advantages[0, 0] = 0.5
+        got, packed, _ = run(kernel, advantages, mask, log_ratio, 1, level=level)
+        assert_results((got, packed), advantages, mask, log_ratio, level=level)
+
+
 @pytest.mark.parametrize("level", ["batch", "token"])
 @pytest.mark.parametrize("valid", [1, 640])
 def test_blocks_may_be_far_from_the_first(kernel, level, valid):

@@ -281,14 +281,14 @@ class Block : Scanner<typename Storage<S>::Compute> {
     }
   }
 
-  // Level token where no advantage is negative: whoever has the smallest I(A) shares the weight. Four tokens a thread;
-  // else as solve_tokens.
+  // Level token where no advantage is negative: whoever has the smallest I(A) shares the weight. As solve_tokens, but
+  // four tokens a thread.
   __device__ __forceinline__ void solve_plain_tokens(int64_t first, int whole, int count, double& mine_low,
                                                      double& mine_high, double& values, double& used) {
     const int lane = threadIdx.x % 32;
     for (int base = kQuad * (threadIdx.x - lane); base < count; base += kQuad * kThreads) {
       const int k = base + kQuad * lane;
-      const bool there = k < count;  // all lanes go on, since their sums meet
+      const bool there = k < count;
       const unsigned flags = there ? this->flags_of_quad(k) : 0;
       const C inf = static_cast<C>(HUGE_VAL);
       C low[kQuad] = {inf, inf, inf, inf}, shares[kQuad];
