@@ -13,9 +13,11 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from compare import assert_close, assert_same_bits
+from hypothesis import strategies as st
 
 from pama_ext import Normalize, reference
 
@@ -217,6 +219,30 @@ def test_what_is_left_out_where_nobody_asks_for_it_changes_nothing(kernel, level
         stats = slice(None, 10 * n if level == "token" else None)  # shares of tokens are added up in another order
         assert_same_bits(plain[1][stats], general[1][stats])
         torch.testing.assert_close(plain[1], general[1], rtol=1e-6, atol=1e-6)
+
+
+@hypothesis.settings(max_examples=100)
+@hypothesis.given(st.data())
+def test_any_problem(kernel, data):
+    """Whatever is asked for, in any order of the threads; objectives differ in size, so that rounding decides nothing."""
+    draw = data.draw
+    shape = (draw(st.integers(0, 5)), draw(st.integers(0, 70)), draw(st.integers(1, 19)))
+    dtype, level = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(LEVELS))
+    advantages, mask, log_ratio = problem(shape, dtype)
+    advantages = advantages * torch.linspace(1, 2, shape[-1]).to(dtype)
+    options = {
+        "level": level,
+        "noon": draw(st.booleans()),
+        "nan": draw(st.sampled_from(["ignore", "ignore", "propagate"])),
+        "solver": draw(st.sampled_from(["closed_form", "fixed"])),
+        "skip_inactive": draw(st.booleans()),
+        "in_place": draw(st.booleans()),
+    }
+    if options["nan"] == "propagate":
+        advantages = advantages.nan_to_num(0.5, 0.5, 0.5)
+    where = {"first": draw(st.booleans()), "offset": draw(st.integers(0, 2))}
+    got, packed, _ = run(kernel, advantages, mask, log_ratio, draw(st.integers(0, 9)), **options, **where)
+    assert_results((got, packed), advantages, mask, log_ratio, **options)
 
 
 @pytest.mark.parametrize("level", LEVELS)

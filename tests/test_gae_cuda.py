@@ -138,3 +138,24 @@ def test_another_device_than_the_current_one():
     assert torch.cuda.current_device() == 0
     assert all(x.device.index == 1 for x in result)
     assert_computes(here(result), arguments)
+
+
+@pytest.mark.parametrize("shape", [LONG, SHORT], ids=str)
+def test_a_thousand_replays_with_other_inputs(shape):
+    arguments = there(make(shape))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call(gae, arguments)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = call(gae, arguments)
+    inputs = [arguments["values"] * scale for scale in (1.0, -0.5, 2.0)]
+    expected = [call(gae, {**arguments, "values": x}) for x in inputs]
+    for k in range(1000):
+        arguments["values"].copy_(inputs[k % 3])
+        graph.replay()
+        if k % 100 < 3:
+            for ours, theirs in zip(written, expected[k % 3], strict=True):
+                assert_same_bits(ours, theirs)

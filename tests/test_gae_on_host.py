@@ -147,6 +147,18 @@ def test_it_computes_the_specification(kernel, shape, outcome, order):
         assert_computes(run(kernel, arguments, order), arguments)
 
 
+@pytest.mark.parametrize("packed", [None, [300, 0, 211, 1]], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 16])
+def test_the_way_through_float32_side_by_side_gives_the_same_bits(kernel, n, packed):
+    """Results that are not laid out so take the general way; the arithmetic is one."""
+    shape = (512, n) if packed else (2, 300, n)
+    for extras in (False, True):
+        arguments = problem(shape, packed=packed, extras=extras)
+        flat, general = run(kernel, arguments, 7), run(kernel, arguments, 7, dim=0)
+        for ours, theirs in zip(flat, general, strict=True):
+            assert_same_bits(ours.contiguous(), theirs.contiguous())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(4, 40, 3), (2, 1500, 3)], ids=str)
 def test_every_dtype(kernel, shape, dtype):

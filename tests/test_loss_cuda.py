@@ -123,6 +123,26 @@ def test_graph_capture_and_replay(shape, loss):
         assert_same_bits(a, b)
 
 
+def test_a_thousand_replays_with_other_inputs():
+    arguments = there(make((64, 1024)))
+    inputs = [arguments["log_probs"] * scale for scale in (1.0, 0.875, 1.125)]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        policy_loss(**arguments)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        written, _ = policy_loss(**arguments)
+    with torch.no_grad():
+        expected = [policy_loss(**{**arguments, "log_probs": x})[0] for x in inputs]
+    for k in range(1000):
+        arguments["log_probs"].copy_(inputs[k % 3])
+        graph.replay()
+        if k % 100 < 3:
+            assert_same_bits(written, expected[k % 3])
+
+
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 @pytest.mark.parametrize("shape", [LONG, SHORT, (64, 4096)], ids=str)
 def test_the_same_input_gives_the_same_bits(shape, loss):
