@@ -102,6 +102,12 @@ def test_checks_of_a_gpu_tensor_are_traced(monkeypatch):
     assert f(torch.ones(1)) == 2
 
 
+def test_what_has_no_kernels_is_refused(monkeypatch):
+    monkeypatch.setattr(_checks, "HAS_CUDA", False)
+    with pytest.raises(ValueError, match="advantages: on cuda:0, but this build has no CUDA kernels"):
+        _checks.served("advantages", SimpleNamespace(device=torch.device("cuda:0")))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict, device):
     problem = PROBLEM.to(device)

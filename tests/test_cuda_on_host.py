@@ -224,7 +224,7 @@ def test_what_is_left_out_where_nobody_asks_for_it_changes_nothing(kernel, level
 @hypothesis.settings(max_examples=100)
 @hypothesis.given(st.data())
 def test_any_problem(kernel, data):
-    """Whatever is asked for, in any order of the threads; objectives differ in size, so that rounding decides nothing."""
+    """Whatever is asked for, in any order of threads; objectives differ in size, so that rounding decides nothing."""
     draw = data.draw
     shape = (draw(st.integers(0, 5)), draw(st.integers(0, 70)), draw(st.integers(1, 19)))
     dtype, level = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(LEVELS))
@@ -254,6 +254,19 @@ def test_rows_of_any_length(kernel, level):
         advantages[0, 0] = 0.5
         got, packed, _ = run(kernel, advantages, mask, log_ratio, 1, level=level)
         assert_results((got, packed), advantages, mask, log_ratio, level=level)
+
+
+@pytest.mark.parametrize("solver", ["closed_form", "min_norm", "fixed"])
+def test_tokens_of_which_none_or_some_are_valid(kernel, solver):
+    """The solve of tokens without a valid entry, with one, and with ties at 0 behind the gate."""
+    advantages, mask, log_ratio = problem((6, 130, 3))
+    advantages = advantages.nan_to_num(0, 0, 0).abs()
+    for name in ("none", "first", "last", "gated"):
+        mask[:] = name == "gated"
+        mask[0, 0], mask[-1, -1] = name == "first" or name == "gated", name == "last" or name == "gated"
+        log_ratio[:] = 1.0 if name == "gated" else 0.0  # beyond the clip: I(A) is 0 for all
+        got, packed, _ = run(kernel, advantages, mask, log_ratio, 1, level="token", solver=solver)
+        assert_results((got, packed), advantages, mask, log_ratio, level="token", solver=solver)
 
 
 @pytest.mark.parametrize("level", ["batch", "token"])
