@@ -103,7 +103,7 @@ SUITE = (
         Workload(
             f"the whole step, {list(STEP_SHAPE)}, {about}",
             functools.partial(build_step, shape=STEP_SHAPE, noon=noon, correlation=correlation),
-            gates(STEP, 1.5),
+            gates(STEP, 0.9),
         )
         for about, noon, correlation in STEPS
     ),
