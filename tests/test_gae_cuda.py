@@ -104,9 +104,8 @@ def test_runs_on_the_current_stream_and_waits_for_nothing(shape, door):
         assert_same_bits(a, b)
 
 
-@pytest.mark.parametrize("shape", [LONG, SHORT], ids=str)
-def test_graph_capture_and_replay(shape):
-    arguments, other = there(make(shape)), torch.randn(shape, device=CUDA)
+def captured(arguments):
+    """A CUDA graph of one call, and where its results will be."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -115,6 +114,13 @@ def test_graph_capture_and_replay(shape):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         result = call(gae, arguments)
+    return graph, result
+
+
+@pytest.mark.parametrize("shape", [LONG, SHORT], ids=str)
+def test_graph_capture_and_replay(shape):
+    arguments, other = there(make(shape)), torch.randn(shape, device=CUDA)
+    graph, result = captured(arguments)
     arguments["values"].copy_(other)
     graph.replay()
     for a, b in zip(result, call(gae, arguments), strict=True):
@@ -143,14 +149,7 @@ def test_another_device_than_the_current_one():
 @pytest.mark.parametrize("shape", [LONG, SHORT], ids=str)
 def test_a_thousand_replays_with_other_inputs(shape):
     arguments = there(make(shape))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call(gae, arguments)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        written = call(gae, arguments)
+    graph, written = captured(arguments)
     inputs = [arguments["values"] * scale for scale in (1.0, -0.5, 2.0)]
     expected = [call(gae, {**arguments, "values": x}) for x in inputs]
     for k in range(1000):
