@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler:
 def build(folder: Path, name: str, cuda: Path) -> ctypes.CDLL:
     """``policy`` or ``value``, of the sources in the folder ``cuda``."""
     library = folder / f"{name}_on_host.so"
-    command = [CXX, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread"]
+    command = [CXX, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-fPIC", "-shared", "-pthread"]
     command += [f'-D{name.upper()}_CU="{cuda}/{name}_loss.cu"']
     command += [f"-I{folder}" for folder in (ROOT / "tests/cuda_on_host", ROOT / "csrc/include", ROOT / "csrc", cuda)]
     command += [str(ROOT / "tests/cuda_on_host/loss_on_host.cpp"), str(ROOT / "csrc/loss_plan.cpp")]

@@ -45,7 +45,7 @@ def kernel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("host")
     (folder / "min_norm_on_host.cpp").write_text(SOURCE)
     library = folder / "min_norm_on_host.so"
-    command = [CXX, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread", "-DPAMA_WITH_CUDA"]
+    command = [CXX, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-fPIC", "-shared", "-pthread", "-DPAMA_WITH_CUDA"]
     command += [f'-DMIN_NORM_CU="{ROOT}/csrc/cuda/min_norm.cu"', f"-I{ROOT}/tests/cuda_on_host"]
     command += [f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cuda", str(folder / "min_norm_on_host.cpp")]
     subprocess.run([*command, "-o", str(library)], check=True)

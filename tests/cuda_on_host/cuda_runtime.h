@@ -3,8 +3,11 @@
 // Fibers run one after the other, in an order the caller chooses, from one barrier to the next; a warp goes on alone
 // until it waits for the block. A correct kernel gives the same bits in every order; one that lacks a barrier does not,
 // since some fiber reads what another has yet to write, or has overwritten.
+//
+// Compile with -U_FORTIFY_SOURCE, under which the C library takes a jump from fiber to fiber for an error.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -14,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <stdexcept>
@@ -36,7 +40,7 @@ struct dim3 {
 struct Index {
   int x;
 };
-inline thread_local Index threadIdx, blockIdx, gridDim;
+inline thread_local Index threadIdx, blockIdx, blockDim, gridDim;
 
 using cudaError_t = int;
 using cudaStream_t = void*;
@@ -107,8 +111,9 @@ namespace host {
 enum class State { kReady, kWarp, kBlock, kGrid, kDone };
 
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  ucontext_t start;
+  jmp_buf at;  // once it has started: unlike swapcontext, a jump asks nothing of the kernel
+  bool started = false;
   State state = State::kReady;
   double exchange;  // what a shuffle shows the others
 };
@@ -116,13 +121,43 @@ struct Fiber {
 inline unsigned order = 0;  // 0: ascending, 1: descending, else the seed of a shuffle
 inline thread_local std::vector<Fiber>* fibers;
 inline thread_local std::vector<std::vector<char>>* shared;  // dynamic shared memory of all blocks
-inline thread_local ucontext_t scheduler;
+inline thread_local jmp_buf scheduler;
 
 inline void wait(State state) {
   Fiber& self = (*fibers)[threadIdx.x];
   self.state = state;
-  swapcontext(&self.context, &scheduler);
+  if (!_setjmp(self.at)) _longjmp(scheduler, 1);
 }
+
+// Runs a fiber until it waits or is done.
+inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler)) return;
+  if (fiber.started) _longjmp(fiber.at, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+
+// Stacks of the threads of a block, used again: their pages are there then.
+constexpr size_t kStack = 128 * 1024, kMostThreads = 1024;
+class Stacks {
+ public:
+  Stacks() {
+    const std::lock_guard lock(mutex);
+    if (free.empty()) free.emplace_back(new char[kMostThreads * kStack]);
+    memory = std::move(free.back());
+    free.pop_back();
+  }
+  ~Stacks() {
+    const std::lock_guard lock(mutex);
+    free.push_back(std::move(memory));
+  }
+  char* operator[](int thread) { return memory.get() + thread * kStack; }
+
+ private:
+  static inline std::mutex mutex;
+  static inline std::vector<std::unique_ptr<char[]>> free;
+  std::unique_ptr<char[]> memory;
+};
 
 using Kernel = void (*)(const void* argument, const void* kernel);
 
@@ -138,23 +173,22 @@ inline void run_block(int block, int blocks, int threads, const void* kernel, co
   shared = &memory;
   blockIdx.x = block;
   gridDim.x = blocks;
+  blockDim.x = threads;
   std::vector<int> turn(threads);
   std::iota(turn.begin(), turn.end(), 0);
   if (order == 1) std::reverse(turn.begin(), turn.end());
   if (order > 1) std::shuffle(turn.begin(), turn.end(), std::mt19937(order));
 
-  constexpr size_t kStack = 128 * 1024;
-  for (Fiber& f : all) {
-    f.stack.reset(new char[kStack]);
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = &scheduler;
+  Stacks stacks;
+  for (int k = 0; k < threads; ++k) {
+    getcontext(&all[k].start);
+    all[k].start.uc_stack.ss_sp = stacks[k];
+    all[k].start.uc_stack.ss_size = kStack;
     makecontext(
-        &f.context,
+        &all[k].start,
         +[] {
           job.call(job.argument, job.kernel);
-          (*fibers)[threadIdx.x].state = State::kDone;
+          wait(State::kDone);
         },
         0);
   }
@@ -178,7 +212,7 @@ inline void run_block(int block, int blocks, int threads, const void* kernel, co
         for (int k : turn) {
           if (!ready(k)) continue;
           threadIdx.x = k;
-          swapcontext(&scheduler, &all[k].context);
+          resume(all[k]);
         }
         if (all_wait(warp, warp + 32, State::kWarp)) release(warp, warp + 32, State::kWarp);
       }
