@@ -47,12 +47,13 @@ test: $(BUILT)
 	$(BIN)/python -m pytest -q
 
 # The artefact instead of the checkout: the wheel, installed in a folder of its own, with no source of the package near.
+# Without the tests of the benchmarks and of the CUDA sources on the host, which never see the wheel.
 test-wheel: $(READY)
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .
 	$(BIN)/python -m pip install -q --no-deps --target build/wheel/site build/wheel/*.whl
 	cp -r tests csrc README.md CHANGELOG.md pyproject.toml build/wheel
-	cd build/wheel && PYTHONPATH=site $(CURDIR)/$(BIN)/python -m pytest -q --ignore-glob='tests/test_bench*.py' --ignore=tests/test_example.py
+	cd build/wheel && PYTHONPATH=site $(CURDIR)/$(BIN)/python -m pytest -q --ignore-glob='tests/test_bench*.py' --ignore-glob='tests/test_*on_host.py' --ignore=tests/test_example.py
 
 lint: $(BUILT)
 	PATH="$(CURDIR)/$(BIN):$$PATH" pre-commit run --all-files
