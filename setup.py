@@ -126,7 +126,7 @@ class BuildWithNinja(build_ext):
             compiler = f"{shlex.quote(nvcc)} -ccbin {shlex.split(cxx)[-1]}"
             n.rule("nvcc", f"{compiler} {NVCC_FLAGS} {codes} -DPAMA_WITH_CUDA {ours} "
                    "-MMD -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc", description="CUDA $in")  # fmt: skip
-            sources += sorted(ROOT.glob("csrc/**/*.cu"))
+            sources = sorted(ROOT.glob("csrc/**/*.cu")) + sources  # first: combine.cu takes longest
             libraries += f" -L{shlex.quote(str(cuda_library(nvcc)))} -lcudart_static -lrt -lpthread -ldl"
         objects = []
         for source in sources:
