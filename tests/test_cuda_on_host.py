@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler:
 def build(folder: Path, cuda: Path) -> Callable[..., int]:
     """The kernels of the folder ``cuda`` as a library of the host."""
     library = folder / "combine_on_host.so"
-    command = [CXX, "-std=c++20", "-O1", "-w", "-fPIC", "-shared", "-pthread", "-DPAMA_WITH_CUDA"]
+    command = [CXX, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-fPIC", "-shared", "-pthread", "-DPAMA_WITH_CUDA"]
     command += [f'-DCOMBINE_CU="{cuda}/combine.cu"', f'-DNORMALIZE_CU="{cuda}/normalize.cu"']
     command += [f"-I{ROOT}/tests/cuda_on_host", f"-I{ROOT}/csrc/include", f"-I{cuda}"]
     command += [str(ROOT / "tests/cuda_on_host/combine_on_host.cpp")]
@@ -209,7 +209,7 @@ def test_a_cluster_and_a_grid_meet_alike(kernel, device, level):
 def test_what_is_left_out_where_nobody_asks_for_it_changes_nothing(kernel, level, dtype, memory):
     """Weights of 1 take the general way through the entries; without them a shorter one is taken, to the same bits."""
     where = {"first": memory.startswith("first"), "offset": int("unaligned" in memory)}
-    for shape in ((9, 307, 4), (3, 29, 2)):
+    for shape in ((9, 307, 4), (5, 601, 3)):  # beyond the kernel of small calls
         inputs = problem(shape, dtype)
         n = shape[-1]
         plain, general = (
@@ -219,6 +219,47 @@ def test_what_is_left_out_where_nobody_asks_for_it_changes_nothing(kernel, level
         stats = slice(None, 10 * n if level == "token" else None)  # shares of tokens are added up in another order
         assert_same_bits(plain[1][stats], general[1][stats])
         torch.testing.assert_close(plain[1], general[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("memory", ["last", "first", "last, unaligned"])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 32, 33])
+def test_small_calls(kernel, n, memory):
+    """One slice to eight of them, one batch of loads to several, up to the last size; 33 objectives are too many."""
+    where = {"first": memory.startswith("first"), "offset": int("unaligned" in memory)}
+    weights = [0.5, -2.0, 0.0, *[1.0 / n] * n][:n]
+    for tokens, dtype in itertools.zip_longest((1, 31, 64, 129, 300, 8192 // n), DTYPES, fillvalue=torch.float32):
+        inputs = problem((1, tokens, n), dtype)
+        inputs[1][0, 0] = True
+        inputs[0][0, 0] = 0.5
+        for options in ({}, {"skip_inactive": True}, {"solver": "fixed", "reward_weights": weights}):
+            got, packed, _ = run(kernel, *inputs, 7, level="batch", **options, **where)
+            assert_results((got, packed), *inputs, level="batch", **options)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("shape", [(1, 40, 7), (1, 1100, 5), (9, 307, 5)], ids=str)
+def test_equal_objectives_get_equal_bits(kernel, shape, level):
+    """Slices have the same tokens for every objective, wherever it stands."""
+    advantages, mask, log_ratio = problem((*shape[:-1], 1))
+    advantages = advantages.expand(shape).contiguous()
+    _, packed, _ = run(kernel, advantages, mask, log_ratio, 7, level=level)
+    statistics = packed[: 10 * shape[-1]].view(10, -1)
+    assert_same_bits(statistics, statistics[:, :1].expand_as(statistics))
+    torch.testing.assert_close(packed[10 * shape[-1] :][: shape[-1]], torch.full((shape[-1],), 1 / shape[-1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1e-30, 1e18, 1e36])
+def test_small_calls_of_extreme_size(kernel, scale, dtype):
+    """Sums and squares that leave the range of float32: what is written is finite or inf, as the general way says."""
+    advantages, mask, log_ratio = problem((1, 200, 3))
+    advantages = (advantages * scale).to(dtype)
+    ours, general = (
+        run(kernel, advantages, mask, log_ratio, 1, level="batch", reward_weights=weights)
+        for weights in (None, [1.0] * 3)
+    )
+    torch.testing.assert_close(ours[0], general[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours[1], general[1], rtol=1e-5, atol=0)
 
 
 @hypothesis.settings(max_examples=100)
@@ -306,15 +347,22 @@ def test_pools_of_every_size(kernel, n, size):
         assert_results(got[:2], advantages, mask, log_ratio, level="sequence", in_place=in_place)
 
 
-def test_a_missing_barrier_is_noticed(tmp_path):
-    """The negative control: without the barrier before slices are merged, the order of threads shows."""
+@pytest.mark.parametrize(
+    ("file", "before", "shape"),
+    [
+        ("scan.cuh", "void merge_slices() {\n    ", (4, 900, 3)),
+        ("small.cuh", "mine = here;\n    }\n    ", (4, 600, 3)),
+        ("small.cuh", "centre(), mine);\n    ", (4, 600, 3)),
+    ],
+)
+def test_a_missing_barrier_is_noticed(tmp_path, file, before, shape):
+    """The negative control: without the barrier before what warps have found is merged, the order of threads shows."""
     broken = shutil.copytree(ROOT / "csrc/cuda", tmp_path / "cuda")
-    source = (broken / "scan.cuh").read_text()
-    start = "void merge_slices() {\n"
-    assert source.count(f"{start}    __syncthreads();") == 1
-    (broken / "scan.cuh").write_text(source.replace(f"{start}    __syncthreads();", start))
+    source = (broken / file).read_text()
+    assert source.count(f"{before}__syncthreads();") == 1
+    (broken / file).write_text(source.replace(f"{before}__syncthreads();", before))
     kernel = build(tmp_path, broken)
-    results = [run(kernel, *problem((4, 600, 3)), order, level="batch")[1] for order in ORDERS]
+    results = [run(kernel, *problem(shape), order, level="batch")[1] for order in ORDERS]
     assert any(not torch.equal(results[0], other) for other in results[1:])
 
 

@@ -17,8 +17,9 @@ pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")
 LEVELS = ("batch", "sequence", "token")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# Elements that one block takes, a cluster of three and of eight, a grid, a grid that holds all, and one that cannot.
-ELEMENTS = {"block": 4000, "three": 5000, "cluster": 32000, "grid": 35000, "resident": 1 << 21, "streams": 1 << 25}
+# Elements of a small call, one block, a cluster of three and of eight, a grid, one that holds all, and one that cannot.
+ELEMENTS = {"small": 60, "block": 4000, "three": 5000, "cluster": 32000, "grid": 35000, "resident": 1 << 21,
+            "streams": 1 << 25}  # fmt: skip
 
 
 def problem(shape, dtype=torch.float32, seed=0):
@@ -112,6 +113,21 @@ def test_pools_of_every_size(size, n):
     assert_like(combine(x.to(CUDA), **moved(options, CUDA), level="group", normalize=by_ids), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 32, 33])
+def test_small_calls(n, dtype):
+    """Slices of every number and length, steps from token to token, and the first size beyond."""
+    fixed = {"solver": "fixed", "reward_weights": [0.5, -2.0, 0.0, *[0.1] * n][:n]}
+    for tokens in (1, 64, 129, 300, 8192 // n, 8192 // n + 1):
+        x, options = problem((1, tokens, n), dtype, seed=tokens)
+        x[0, 0], options["mask"][0, 0] = 0.5, True
+        for more in ({}, {"skip_inactive": True}, fixed):
+            compare(x, {**options, **more})
+        apart = torch.empty(1, tokens, 2, dtype=dtype, device=CUDA)[..., 1]
+        result = combine(x.to(CUDA).expand(3, -1, -1)[1:2], **moved(options, CUDA), out=apart)
+        assert_like(result, combine(x, **options))
+
+
 @pytest.mark.parametrize("level", ["batch", "sequence"])
 @pytest.mark.parametrize("elements", list(ELEMENTS.values())[:-1], ids=list(ELEMENTS)[:-1])
 def test_gram_matrices(elements, level):
@@ -129,7 +145,7 @@ def test_bits_are_the_same_every_time(elements):
             assert_same_result(combine(x, **options, level=level), first)
 
 
-@pytest.mark.parametrize("elements", ["cluster", "grid", "streams"])
+@pytest.mark.parametrize("elements", ["block", "cluster", "grid", "streams"])
 def test_equal_objectives_get_equal_bits(elements):
     """Pieces have the same tokens for every objective, wherever it stands."""
     one = torch.randn(8, ELEMENTS[elements] // 40, 1, device=CUDA)

@@ -12,6 +12,7 @@
 #include "block.cuh"
 #include "launch.h"
 #include "normalize.h"
+#include "small.cuh"
 
 namespace pama {
 namespace {
@@ -28,6 +29,8 @@ static_assert(kThreads >= kMaxObjectives + 2, "one thread per objective, and two
 //   up to 4096      1                                               the block
 //   up to 32768     8 at most, one for 2048 elements                a cluster; where there is none, the grid
 //   beyond          2 a multiprocessor at most, one for 2048        the grid
+//
+// Of these, calls of up to 8192 elements that ask for nothing unusual have a kernel of their own (cuda/small.cuh).
 //
 // A tile is as large as the share of a block or as a whole number of small pools, as what fits into half of a
 // multiprocessor's shared memory, or as kTileTokens.
@@ -127,13 +130,36 @@ void plan_entries(CombineParams& p) {
   p.gate_high = at_most<float>(p.log_high);
 }
 
+// Whether cuda/small.cuh does it: with Noon and without Normalize, all tensors with one step from token to token, of
+// which it counts in int.
+bool is_small(const CombineParams& p) {
+  constexpr int64_t kFar = INT32_MAX / kSmallElements;
+  const auto steps = [&](const Plane& q) {
+    return (p.rows == 1 || q.row == p.cols * q.col) && -kFar < q.col && q.col < kFar;
+  };
+  return p.level == Level::kBatch && !p.has_gram() && p.plain && !p.in_place && p.gates_together && steps(p.out) &&
+         p.n <= kSmallWarps && p.tokens() * p.n <= kSmallElements &&
+         std::all_of(p.advantages, p.advantages + p.n, steps);
+}
+
+void launch_small(CombineParams& p, void* stream) {
+  p.meeting = Meeting::kBlock;
+  p.tile_slices = 1;
+  while (2 * p.tile_slices * p.n <= kSmallWarps && 2 * p.tile_slices <= kSmallSlices &&
+         2 * p.tile_slices * kSmallSlice <= p.tokens())
+    p.tile_slices *= 2;
+  with_dtype(p.dtype, [&](auto s) {
+    launch_together(reinterpret_cast<const void*>(combine_small_kernel<decltype(s)>), 1, 32 * p.tile_slices * p.n, p,
+                    stream, "launching combine_small_kernel");
+  });
+}
+
 // Fills the parameters of the launch, with or without clusters; returns the shared memory that it needs.
 template <class C>
 int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared, bool cluster) {
   constexpr int64_t kStep = Tile<C>::kStep;
   const bool gram = p.has_gram(), grouped = p.normalizes_groups();
   p.access = access_of(p);
-  plan_entries(p);
   p.meeting = blocks == 1                                           ? Meeting::kBlock
               : shape_of(p).meeting == Meeting::kCluster && cluster ? Meeting::kCluster
                                                                     : Meeting::kGrid;
@@ -173,6 +199,8 @@ int cuda_toolkit() { return CUDART_VERSION; }
 void launch_combine_cuda(CombineParams& params, void* stream) {
   const DeviceGuard guard(params.device.index);
   normalize_cuda(params, static_cast<char*>(params.workspace) + blocks_bytes(params), stream);
+  plan_entries(params);
+  if (is_small(params)) return launch_small(params, stream);
   with_kernel(params, [&](auto s, auto kind) {
     using S = decltype(s);
     constexpr Kind kKind = decltype(kind)::value;

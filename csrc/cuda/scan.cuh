@@ -68,6 +68,18 @@ struct Entry {
   bool finite, taken, positive, nonzero, clipped;
 };
 
+// Where there is Noon and no more: neither normalised nor weighted nor signed, and NaN is nowhere kept.
+template <class C>
+__device__ __forceinline__ Entry<C> plain_entry(C raw, bool valid, bool not_above) {
+  Entry<C> e;
+  e.finite = e.taken = valid & is_finite(raw);
+  e.positive = e.nonzero = e.finite & (raw > C{0});
+  e.clipped = e.positive & !not_above;
+  e.advantage = e.positive ? raw : C{0};
+  e.gated = e.positive & not_above ? raw : C{0};
+  return e;
+}
+
 // What the lanes of a warp, or `lanes` of them, have found in one objective, each in tokens of its own: sums around
 // their mean. Counts fit 16 bits.
 template <class C>
@@ -134,21 +146,13 @@ class Scanner {
   __device__ __forceinline__ Scanner(const CombineParams& params, char* memory)
       : p(params), shared(*reinterpret_cast<Shared<C>*>(memory)), tile(memory + sizeof(Shared<C>), params) {}
 
-  // Objective i at token k of the tile, byte t of its flags: A after reward_weights, and I(A). Plain: neither
-  // normalised nor weighted nor signed, and NaN is nowhere kept.
+  // Objective i at token k of the tile, byte t of its flags: A after reward_weights, and I(A).
   template <bool kPlain>
   __device__ __forceinline__ Entry<C> entry(int i, int k, C raw, unsigned flags, int t = 0) const {
     const bool valid = has(flags, kValidFlag, t), not_above = has(flags, kNotAboveFlag, t);
+    if (kPlain) return plain_entry(raw, valid, not_above);
     Entry<C> e;
     e.finite = valid & is_finite(raw);
-    if (kPlain) {
-      e.taken = e.finite;
-      e.positive = e.nonzero = e.finite & (raw > C{0});
-      e.clipped = e.positive & !not_above;
-      e.advantage = e.positive ? raw : C{0};
-      e.gated = e.positive & not_above ? raw : C{0};
-      return e;
-    }
     e.taken = e.finite | (p.propagate & valid);
     C processed = raw;
     if (p.affine && e.taken) {

@@ -172,7 +172,8 @@ class Small {
     C* packed = static_cast<C*>(p.packed);
     if (lane == 0) packed[(kStatistics + 1) * p.n] = value;
     if (lane >= p.n) return;
-    const C inf = static_cast<C>(HUGE_VAL), count = static_cast<C>(f.usable), divisor = f.usable > 0 ? count : C{1}, shift = f.drift / divisor;
+    const C inf = static_cast<C>(HUGE_VAL), count = static_cast<C>(f.usable);
+    const C divisor = f.usable > 0 ? count : C{1}, shift = f.drift / divisor;
     const C m2 = f.squares == inf ? inf : static_cast<C>(fmax(C{0}, f.squares - f.drift * shift));
     const C column[kStatistics + 1] = {
         count,
@@ -204,8 +205,7 @@ class Small {
         const C share = __shfl_sync(0xffffffffu, weight, i);
         if (!valid) continue;
         const S* x = reinterpret_cast<const S*>(p.advantages[i].data);
-        const Entry<C> e =
-            plain_entry(Storage<S>::load(x[k * static_cast<int>(p.advantages[i].col)]), true, true);
+        const Entry<C> e = plain_entry(Storage<S>::load(x[k * static_cast<int>(p.advantages[i].col)]), true, true);
         if (e.taken) combined += share * e.advantage;
       }
       if (k < tokens) reinterpret_cast<S*>(p.out.data)[k * static_cast<int>(p.out.col)] = Storage<S>::store(combined);
