@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import os
 import shutil
 import subprocess
@@ -42,6 +43,7 @@ def build(folder: Path, cuda: Path) -> Callable[..., int]:
     loaded = ctypes.CDLL(str(library))
     loaded.combine_on_host.use_device = loaded.use_device
     loaded.combine_on_host.meeting = loaded.last_meeting
+    loaded.combine_on_host.launches = loaded.last_launches
     return loaded.combine_on_host
 
 
@@ -394,6 +396,101 @@ def test_normalisation_computes_the_reference(kernel, pools, over, kind, level):
     scale = 100 if over == "row_sums" else 1  # sums of many tokens: their rounding counts
     torch.testing.assert_close(first[0].double(), expected, rtol=1e-4 * scale, atol=1e-4 * scale)
     torch.testing.assert_close(first[1].double(), exact, rtol=1e-4, atol=1e-4 * scale)
+
+
+def in_groups(size, tokens, n, dtype=torch.float32):
+    """Rewards of several blocks; those of each third group are all alike."""
+    rows = size * max(2, 12000 // (size * tokens * n))
+    advantages, mask, log_ratio = problem((rows, tokens, n))
+    advantages.view(-1, size, tokens, n)[::3] = 0.75
+    advantages[~mask] = float("nan")
+    return advantages.to(dtype), mask, log_ratio
+
+
+@pytest.mark.parametrize("level", ["batch", "group", "token"])
+@pytest.mark.parametrize("n", [1, 5, 20])
+@pytest.mark.parametrize(("size", "tokens"), [(1, 5), (2, 1), (8, 1), (3, 7), (5, 13), (33, 3), (4, 64), (2, 150)])
+def test_groups_of_one_size_are_measured_on_the_way(kernel, device, size, tokens, n, level):
+    """In one launch, if tiles, several to a block, can begin with a group and at a multiple of 32 tokens."""
+    device(9, 100 * 1024)
+    inputs = in_groups(size, tokens, n)
+    fits = (size * tokens if level == "group" else math.lcm(32, size * tokens)) < 25_500 / (4 * n + 5)
+    options = {"level": level, "normalize": Normalize(by="group", group_size=size, singleton="raw")}
+    first = None
+    for order in ORDERS[:2]:
+        got, packed, _ = run(kernel, *inputs, order, **options)
+        assert kernel.launches() == (1 if fits else 2)
+        first = first or (got, packed)
+        assert_same_bits(got, first[0])
+        assert_same_bits(packed, first[1])
+    expected, exact = packed_reference(inputs[0].double(), *inputs[1:], **options)
+    torch.testing.assert_close(first[0].double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first[1].double(), exact, rtol=1e-4, atol=1e-4)
+    dead = packed[9 * n : 10 * n]
+    assert dead.min() >= (inputs[0].shape[0] // size + 2) // 3 if size * tokens > 20 else dead.min() >= 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [
+    {"solver": "min_norm"}, {"solver": "fixed", "noon": False}, {"noon": False, "skip_inactive": True},
+    {"nan": "propagate"}, {"reward_weights": [1.0, 2.0, 0.5, 1.0]}, {"in_place": True},
+], ids=str)  # fmt: skip
+def test_groups_measured_on_the_way_and_all_else(kernel, dtype, options):
+    inputs = in_groups(8, 3, 4, dtype)
+    if options.get("nan") == "propagate":
+        inputs = (inputs[0].nan_to_num(0.5, 0.5, 0.5), *inputs[1:])
+    options = {"level": "batch", "normalize": Normalize(by="group", group_size=8), **options}
+    got, packed, _ = run(kernel, *inputs, 7, **options)
+    assert kernel.launches() == 1
+    expected, exact = packed_reference(inputs[0].double(), *inputs[1:], **options)
+    digits = max(1e-4, 16 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(got.double(), expected, rtol=digits, atol=digits)
+    torch.testing.assert_close(packed.double(), exact, rtol=2e-4, atol=2e-4)
+
+
+@hypothesis.settings(max_examples=60)
+@hypothesis.given(st.data())
+def test_any_normalisation(kernel, data):
+    """Groups of every kind and size, in any order of threads; a constant for each objective keeps scalars apart."""
+    draw = data.draw
+    size, groups, n = draw(st.integers(1, 9)), draw(st.integers(1, 12)), draw(st.integers(1, 7))
+    shape, dtype = (size * groups, draw(st.integers(1, 20)), n), draw(st.sampled_from(DTYPES[:2]))
+    advantages, mask, log_ratio = problem(shape)
+    advantages = (advantages.nan_to_num(0.25, 0.25, 0.25) ** 2).to(dtype)
+    kind = draw(st.sampled_from(["size", "size", "ids", "offsets"]))
+    ids = torch.arange(shape[0]) // size
+    names = {"size": {"group_size": size}, "ids": {"group_ids": ids * 31 % 1009},
+             "offsets": {"group_offsets": torch.arange(groups + 1) * size}}[kind]  # fmt: skip
+    normalize = Normalize(
+        by=draw(st.sampled_from(["group", "batch"])),
+        center=draw(st.booleans()),
+        scale=draw(st.booleans()),
+        eps=draw(st.sampled_from([1e-4, 1.0])),
+        eps_in=draw(st.sampled_from(["std", "var"])),
+        singleton=draw(st.sampled_from(["zero", "raw"])),
+        combined=draw(st.sampled_from(["none", "none", "batch", "group"])),
+        **names,
+    )
+    options = {
+        "level": draw(st.sampled_from(["batch", "sequence", "group", "token"])),
+        "noon": draw(st.booleans()),
+        "solver": "fixed",  # whatever the rounding of scalars that tie
+        "reward_weights": [1.0 + i for i in range(n)],
+        "normalize": normalize,
+    }
+    out, packed, _ = run(kernel, advantages, mask, log_ratio, draw(st.integers(0, 9)), **options)
+    expected, exact = packed_reference(advantages.double(), mask, log_ratio, **options)
+    torch.testing.assert_close(out.double(), expected, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(packed.double(), exact, rtol=2e-3, atol=2e-3)
+
+
+def test_groups_larger_than_a_tile_are_measured_before(kernel, device):
+    device(9, 100 * 1024)
+    advantages, mask, log_ratio = problem((4, 3000, 3))
+    options = {"level": "batch", "normalize": Normalize(by="group", group_size=2)}
+    got = run(kernel, advantages, mask, log_ratio, 1, **options)
+    assert kernel.launches() == 2
+    assert_results(got[:2], advantages, mask, log_ratio, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

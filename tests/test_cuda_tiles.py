@@ -128,6 +128,23 @@ def test_small_calls(n, dtype):
         assert_like(result, combine(x, **options))
 
 
+@pytest.mark.parametrize("level", [*LEVELS, "group"])
+@pytest.mark.parametrize("n", [1, 5, 20])
+@pytest.mark.parametrize(
+    ("size", "tokens"), [(1, 5), (2, 1), (8, 1), (3, 7), (5, 13), (33, 3), (4, 64), (2, 150), (2, 9000)]
+)
+def test_groups_of_one_size(size, tokens, n, level):
+    """Measured on the way, where tiles can hold whole ones; some groups have one value only, and one block or many."""
+    for elements in (1000, 100_000):
+        rows = size * max(3, elements // (size * tokens * n))
+        x, options = problem((rows, tokens, n), seed=size)
+        x.view(-1, size, tokens, n)[::3] = 0.75
+        x *= torch.linspace(1, 2, n)  # which scalar is smallest is not to be decided by rounding
+        x[~options["mask"]] = torch.nan
+        normalize = Normalize(by="group", group_size=size, center=False)
+        compare(x, options, level=level, normalize=normalize)
+
+
 @pytest.mark.parametrize("level", ["batch", "sequence"])
 @pytest.mark.parametrize("elements", list(ELEMENTS.values())[:-1], ids=list(ELEMENTS)[:-1])
 def test_gram_matrices(elements, level):

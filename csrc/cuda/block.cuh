@@ -1,8 +1,7 @@
 // One block of the kernel of `combine`: its tiles, where it meets the others, the solve and the combination.
 #pragma once
 
-#include <cooperative_groups.h>
-
+#include "meet.cuh"
 #include "scan.cuh"
 
 namespace pama {
@@ -24,6 +23,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
     if (threadIdx.x < p.n) {
       shared.total[threadIdx.x] = Moments::empty();
       shared.scale[threadIdx.x] = static_cast<C>(p.scale(threadIdx.x));
+      shared.dead[threadIdx.x] = 0;
     }
     __syncthreads();
     if (kKind == Kind::kTokens) {
@@ -32,27 +32,27 @@ class Block : Scanner<typename Storage<S>::Compute> {
       pools();
     }
     if (!solves_batch()) write_totals();
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
     // Nobody leaves while its shared memory may be read.
-    if (p.meeting == Meeting::kCluster) cooperative_groups::this_cluster().barrier_wait();
-#endif
+    if (p.meeting == Meeting::kCluster) cluster().barrier_wait();
   }
 
  private:
   __device__ __forceinline__ bool solves_batch() const { return kKind != Kind::kTokens && p.level == Level::kBatch; }
 
-  // The run of tokens of this block, in multiples of what is read at once.
+  // The run of tokens of this block.
   __device__ __forceinline__ void my_tokens(int64_t& first, int64_t& last) const {
-    constexpr int kStep = Tile<C>::kStep;
-    const int64_t tokens = p.tokens(), each = (tokens + gridDim.x - 1) / gridDim.x;
-    const int64_t run = (each + kStep - 1) / kStep * kStep;
-    first = min(tokens, blockIdx.x * run);
-    last = min(tokens, first + run);
+    first = min(p.tokens(), blockIdx.x * p.run_tokens);
+    last = min(p.tokens(), first + p.run_tokens);
   }
 
   __device__ __forceinline__ void load(int64_t first, int count, uint64_t wanted, bool gates) {
     __syncthreads();  // the tile before may still be read
     load_tile<S>(p, first, count, wanted, gates, tile);
+    const int64_t group = p.measures ? first / p.group_tokens() : 0;
+    if (p.measures) this->number_groups(group, count);
+    __syncthreads();
+    if (!p.measures || !gates) return;
+    this->measure_groups(group, count);
     __syncthreads();
   }
 
@@ -81,6 +81,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
       for (int64_t step = 0; step < 2 * tiles || step == tiles; ++step) {
         if (step == tiles) {
           if (together == 1) this->merge_slices();
+          if (batch) add_dead(shared.part);
           if (batch && gridDim.x > 1) {
             keep_total();
             meet(true);
@@ -118,6 +119,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
       __syncthreads();  // before the next pools overwrite the weights
     }
     if (!batch) {
+      add_dead(shared.total);
       meet(false);
     } else if (blockIdx.x == 0) {
       write_solution(0, 0);
@@ -144,6 +146,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
       store_rest(k, whole, count);
     }
     this->merge_slices();
+    add_dead(shared.part);
     keep_total();
     write_shares(low, high, value, used);
     meet(false);
@@ -157,6 +160,11 @@ class Block : Scanner<typename Storage<S>::Compute> {
       this->template scan_slices<false>(count, first);
     }
     if (kGram) this->add_gram(count);
+  }
+
+  // The groups of this block that give only 0, if it has measured them.
+  __device__ __forceinline__ void add_dead(Moments* to) const {
+    if (p.measures && threadIdx.x < p.n) to[threadIdx.x].dead += static_cast<int64_t>(shared.dead[threadIdx.x]);
   }
 
   // What merge_slices has left is all that this block has.
@@ -188,7 +196,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
     const int i = threadIdx.x - (kThreads - kMaxObjectives);
     if (blockIdx.x > 0 || i < 0 || i >= p.n) return;
     Moments total = met()[i];
-    if (p.dead) total.dead = p.dead[i];
+    if (p.dead && !p.measures) total.dead = p.dead[i];
     write_statistics(total, i, p.n, static_cast<C*>(p.packed));
   }
 
@@ -432,19 +440,9 @@ class Block : Scanner<typename Storage<S>::Compute> {
     write_solution(0, 0);
   }
 
-  __device__ __forceinline__ void wait_for_all() const {
-    if (p.meeting == Meeting::kBlock) return __syncthreads();
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    if (p.meeting == Meeting::kCluster) return cooperative_groups::this_cluster().sync();
-#endif
-    cooperative_groups::this_grid().sync();
-  }
-
   // Where the moments of another block can be read once all have met.
   __device__ __forceinline__ const Moments* total_of(int block) const {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    if (p.meeting == Meeting::kCluster) return cooperative_groups::this_cluster().map_shared_rank(shared.total, block);
-#endif
+    if (p.meeting == Meeting::kCluster) return cluster().map_shared_rank(shared.total, block);
     return block_moments(p, block);
   }
 
@@ -458,7 +456,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
   __device__ __forceinline__ void meet(bool everywhere) {
     if (p.meeting == Meeting::kGrid && threadIdx.x < p.n)
       block_moments(p, blockIdx.x)[threadIdx.x] = shared.total[threadIdx.x];
-    wait_for_all();
+    wait_for_all(p.meeting);
     if (gridDim.x > 1 && (everywhere || blockIdx.x == 0)) {
       merge_blocks([](Moments& m, const Moments& x, double centre) { gather(m, x, centre); },
                    [](Moments& m, const Moments& x) { add_gathered(m, x); });
@@ -466,9 +464,7 @@ class Block : Scanner<typename Storage<S>::Compute> {
       if (__syncthreads_or(i < p.n && !gathered(shared.part[i], total_of(0)[i])))
         merge_blocks([](Moments& m, const Moments& x, double) { merge(m, x); }, Merge());
     }
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    if (p.meeting == Meeting::kCluster) cooperative_groups::this_cluster().barrier_arrive();
-#endif
+    if (p.meeting == Meeting::kCluster) cluster().barrier_arrive();
   }
 
   // In part[n]: a slice of the blocks by each set of n threads, in block order, then the slices by a tree.

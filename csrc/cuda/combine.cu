@@ -1,5 +1,5 @@
 // launch_combine_cuda: one launch per call, at every level and size; what Normalize asks for comes in launches of its
-// own before and after it (cuda/normalize.cu).
+// own before and after it (cuda/normalize.cu), except for groups of one size, which are measured tile by tile.
 //
 // Tokens are dealt to blocks in equal runs, and a block takes its run a tile at a time (cuda/tile.cuh); pools (rows,
 // groups) are dealt round robin, small ones several to a tile. In a tile, a warp takes a slice of the tokens of some
@@ -7,6 +7,7 @@
 // blocks meet, always in the same order. No float atomics, so the same input on the same device gives the same bits.
 // Slices have the same tokens for every objective, so equal objectives get equal bits.
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 
 #include "block.cuh"
@@ -122,7 +123,7 @@ bool in_a_row(const CombineParams& p, const Plane& q) { return q.col == 1 && (p.
 void plan_entries(CombineParams& p) {
   p.plain = p.noon && !p.propagate && !p.affine && !p.marks() && (!p.weighted || p.solver == Solver::kFixed);
   const bool in_order = !p.order && !p.sums;
-  p.gates_together = in_order && !p.normalizes_groups() &&
+  p.gates_together = in_order && (!p.normalizes_groups() || p.measures) &&
                      (!p.mask.data || (in_a_row(p, p.mask) && size_of(p.mask_dtype) == 1)) &&
                      (!p.log_ratio.data || (in_a_row(p, p.log_ratio) && p.log_ratio_dtype == DType::kFloat32));
   p.out_together = in_order && p.out.data && in_a_row(p, p.out);
@@ -154,6 +155,32 @@ void launch_small(CombineParams& p, void* stream) {
   });
 }
 
+// How many tokens a tile has room for.
+template <class C>
+int64_t capacity(const CombineParams& p, int64_t most_shared) {
+  constexpr int64_t kStep = Tile<C>::kStep;
+  const bool gram = p.has_gram(), grouped = p.normalize.by == Pool::kGroup;
+  const int64_t none = sizeof(Shared<C>) + Tile<C>::bytes(p.n, gram, grouped, 0);
+  const int64_t step = Tile<C>::bytes(p.n, gram, grouped, kStep) - Tile<C>::bytes(p.n, gram, grouped, 0);
+  return std::min<int64_t>((most_shared - none) / step * kStep, kTileTokens);
+}
+
+// What the run of a block and its tiles are multiples of: where groups are measured there, of whole ones.
+template <class C>
+int64_t run_step(const CombineParams& p) {
+  constexpr int64_t kStep = Tile<C>::kStep;
+  return p.measures ? std::lcm(kStep, p.group_tokens()) : kStep;
+}
+
+// Whether groups are normalised by what their own tile says of them: those of one size of which tiles hold whole ones.
+template <class C>
+bool measures(const CombineParams& p, int64_t most_shared) {
+  if (p.normalize.by != Pool::kGroup || p.normalize.groups != Groups::kSize || p.normalize.row_sums) return false;
+  const int64_t size = p.group_tokens(), most = capacity<C>(p, most_shared);
+  if (size == 0 || size > most || p.level == Level::kSequence) return false;
+  return p.level == Level::kGroup || std::lcm(int64_t{Tile<C>::kStep}, size) <= most;
+}
+
 // Fills the parameters of the launch, with or without clusters; returns the shared memory that it needs.
 template <class C>
 int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared, bool cluster) {
@@ -165,14 +192,12 @@ int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared, bool c
                                                                     : Meeting::kGrid;
   p.tile_pools = 1;
   auto rounded = [&](int64_t tokens) { return std::max(kStep, (tokens + kStep - 1) / kStep * kStep); };
-  const int64_t none = sizeof(Shared<C>) + Tile<C>::bytes(p.n, gram, grouped, 0);
-  const int64_t step = Tile<C>::bytes(p.n, gram, grouped, kStep) - Tile<C>::bytes(p.n, gram, grouped, 0);
-  const int64_t fits = (most_shared - none) / step * kStep;
-  const int64_t most = std::min<int64_t>(fits, kTileTokens);
-  int64_t share = (p.tokens() + blocks - 1) / blocks;
+  const int64_t unit = has_pools(p) ? kStep : run_step<C>(p), most = capacity<C>(p, most_shared) / unit * unit;
+  const int64_t each = (p.tokens() + blocks - 1) / blocks;
+  int64_t share = p.run_tokens = (each + unit - 1) / unit * unit;
   if (has_pools(p)) {
     const bool equal = p.level == Level::kSequence || p.normalize.groups == Groups::kSize;
-    const int64_t size = p.level == Level::kSequence ? p.row_tokens : p.normalize.group_size * p.row_tokens;
+    const int64_t size = p.level == Level::kSequence ? p.row_tokens : p.group_tokens();
     share = equal ? size : most;
     if (equal && size > 0 && size <= kPoolTokens && !gram) {
       p.tile_pools = static_cast<int>(
@@ -198,18 +223,20 @@ int cuda_toolkit() { return CUDART_VERSION; }
 
 void launch_combine_cuda(CombineParams& params, void* stream) {
   const DeviceGuard guard(params.device.index);
-  normalize_cuda(params, static_cast<char*>(params.workspace) + blocks_bytes(params), stream);
-  plan_entries(params);
-  if (is_small(params)) return launch_small(params, stream);
   with_kernel(params, [&](auto s, auto kind) {
     using S = decltype(s);
+    using C = typename Storage<S>::Compute;
     constexpr Kind kKind = decltype(kind)::value;
     constexpr auto kKernel = combine_kernel<S, kKind>;
     const int most = most_shared<S, kKind>(params.device.index);
+    params.measures = measures<C>(params, most);
+    normalize_cuda(params, static_cast<char*>(params.workspace) + blocks_bytes(params), stream);
+    plan_entries(params);
+    if (is_small(params)) return launch_small(params, stream);
     const int64_t blocks = blocks_for(params);
     const bool cluster = attribute_of<cudaDevAttrComputeCapabilityMajor>(params.device.index) >= 9 &&
                          code_version<kKernel>(params.device.index) >= 90;
-    const int64_t shared = plan_tiles<typename Storage<S>::Compute>(params, blocks, most, cluster);
+    const int64_t shared = plan_tiles<C>(params, blocks, most, cluster);
     allow_shared<kKernel>(params.device.index, most);
     launch_together(reinterpret_cast<const void*>(kKernel), blocks, kThreads, params, stream,
                     "launching combine_kernel", params.meeting, shared);

@@ -231,9 +231,10 @@ void normalize_cuda(CombineParams& p, void* memory, void* stream) {
     q.workspace = sums;
     with_dtype(p.dtype, [&](auto s) { launch(sum_rows<decltype(s)>, (p.batch + kWarps - 1) / kWarps, q, stream); });
   }
-  if (p.normalizes()) {
+  if (p.normalizes()) {  // p.dead says where this memory is, too
     p.dead = reinterpret_cast<int64_t*>(base + at.dead);
-    check_cuda(cudaMemsetAsync(p.dead, 0, kMaxObjectives * 8, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
+    if (!p.measures || p.marks())
+      check_cuda(cudaMemsetAsync(p.dead, 0, kMaxObjectives * 8, static_cast<cudaStream_t>(stream)), "cudaMemsetAsync");
   }
   if (p.normalize.by != Pool::kNone) {
     CombineParams q = p;
@@ -247,7 +248,7 @@ void normalize_cuda(CombineParams& p, void* memory, void* stream) {
     }
     q.workspace = base + at.partials;
     q.affine = base + at.affine;
-    measure(q, stream);
+    if (!p.measures) measure(q, stream);
     p.affine = base + at.affine;
   }
   p.sums = sums;

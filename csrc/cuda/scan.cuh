@@ -26,7 +26,8 @@ struct Shared {
   Moments total[kMaxObjectives];
   double weights[kUnits], values[kUnits];  // of a pool: [pool, n] and [pool]
   double sums[kWarps][kMaxObjectives + 2];
-  C scale[kMaxObjectives], share[kUnits];  // reward weights; the weights once more, as they are used
+  unsigned long long dead[kMaxObjectives];  // groups that give only 0, if they are measured here
+  C scale[kMaxObjectives], share[kUnits];   // reward weights; the weights once more, as they are used
 };
 static_assert(sizeof(Shared<float>) % kBytes == 0 && sizeof(Shared<double>) % kBytes == 0,
               "the tile behind it is accessed kBytes at a time");
@@ -98,15 +99,17 @@ struct Sums {
     if (!is_finite(centre)) centre = C{0};  // the sum of huge entries has overflowed
   }
 
+  __device__ __forceinline__ void spread(C raw) {
+    const C d = raw - centre;
+    deviation += d;
+    squares += d * d;
+    low = static_cast<C>(fmin(low, raw));
+    high = static_cast<C>(fmax(high, raw));
+  }
+
   template <bool kPlain>
   __device__ __forceinline__ void add(C raw, const Entry<C>& e) {
-    if (e.finite) {
-      const C d = raw - centre;
-      deviation += d;
-      squares += d * d;
-      low = static_cast<C>(fmin(low, raw));
-      high = static_cast<C>(fmax(high, raw));
-    }
+    if (e.finite) spread(raw);
     active += e.gated;
     if (e.positive) positive_nonzero += kPlain ? (1u << 16) + 1 : 1u << 16;
     if (!kPlain && e.nonzero) ++positive_nonzero;
@@ -258,6 +261,40 @@ class Scanner {
       if (lane == 0 && unit < units) shared.part[unit] = sums.moments();
     }
     __syncthreads();
+  }
+
+  // The groups of the tokens of a tile, of equal size, the first of which is `group`.
+  __device__ __forceinline__ void number_groups(int64_t group, int count) {
+    const int size = static_cast<int>(p.group_tokens());
+    for (int k = threadIdx.x; k < count; k += kThreads) tile.pool[k] = static_cast<int>(group) + k / size;
+  }
+
+  // Their maps, as scan_pools() goes about it.
+  __device__ __forceinline__ void measure_groups(int64_t group, int count) {
+    const int size = static_cast<int>(p.group_tokens());
+    int lanes = 1;
+    while (lanes < 32 && lanes * 2 < size) lanes *= 2;
+    const int units = count / size * p.n, warp = threadIdx.x / 32, each = 32 / lanes;
+    const int lane = threadIdx.x % lanes;
+    for (int base = warp * each; base < units; base += kWarps * each) {
+      const int unit = base + threadIdx.x % 32 / lanes, i = unit % p.n;
+      const int begin = unit < units ? unit / p.n * size : 0, end = unit < units ? begin + size : 0;
+      const C* x = tile.x + i * tile.stride;
+      Sums<C> sums;
+      for (int k = begin + lane; k < end; k += lanes) sums.see(x[k], has(tile.flags[k], kValidFlag));
+      sums.find_centre(lanes);
+      for (int k = begin + lane; k < end; k += lanes) {
+        const bool valid = has(tile.flags[k], kValidFlag);
+        sums.valid += valid;
+        if (valid & is_finite(x[k])) sums.spread(x[k]);
+      }
+      sums.meet(lanes);
+      if (lane != 0 || unit >= units) continue;
+      const PoolMoments moments = sums.moments().pool(p.propagate);
+      Maps<C>(static_cast<C*>(p.affine), p.n * p.groups)
+          .set(i * p.groups + group + unit / p.n, affine<C>(p.normalize.each, moments));
+      if (is_dead(p.normalize.each, moments)) atomicAdd(shared.dead + i, 1ull);
+    }
   }
 
   __device__ __forceinline__ void clear_gram() {

@@ -231,7 +231,7 @@ __device__ __forceinline__ void load_tile(const CombineParams& p, int64_t first,
     }
   }
   const int flagged = load_flags(p, first, count, gates, tile);
-  const bool pools = p.normalizes_groups();
+  const bool pools = p.normalizes_groups() && !p.measures;
   const int padded = (count + Tile<C>::kStep - 1) / Tile<C>::kStep * Tile<C>::kStep;
   for (int k = min(whole, flagged) + threadIdx.x; k < padded; k += kThreads) {  // what is left, one by one
     uint8_t flags = 0;

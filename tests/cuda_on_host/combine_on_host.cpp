@@ -22,6 +22,7 @@ extern "C" void use_device(int compute_capability, int shared_bytes) {
 
 static pama::Meeting met;
 extern "C" int last_meeting() { return static_cast<int>(met); }
+extern "C" int last_launches() { return host::launches; }
 
 // Tensors are contiguous: advantages [sizes[0], sizes[1], sizes[2]] with the objectives last, or first in memory, mask
 // bool, log_ratio float32, groups int64 [n_groups], each or null. Returns the number of blocks, or -1 with what does
@@ -54,6 +55,7 @@ extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes
   p.workspace = workspace.data();
   p.packed = packed;
   host::order = order;
+  host::launches = 0;
   launch_combine_cuda(p, nullptr);
   for (int64_t k = doubles; k < doubles + kCanary; ++k)
     if (!std::isnan(workspace[k])) std::terminate();  // written beyond the workspace

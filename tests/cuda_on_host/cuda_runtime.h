@@ -118,6 +118,7 @@ struct Fiber {
   double exchange;  // what a shuffle shows the others
 };
 
+inline int launches = 0;
 inline unsigned order = 0;  // 0: ascending, 1: descending, else the seed of a shuffle
 inline thread_local std::vector<Fiber>* fibers;
 inline thread_local std::vector<std::vector<char>>* shared;  // dynamic shared memory of all blocks
@@ -278,6 +279,7 @@ inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int run_on_host(const void* kernel, dim3 blocks, int threads, void** arguments, host::Kernel call,
                        size_t shared) {
   std::barrier<> grid(blocks.x);
+  ++host::launches;
   constexpr size_t kCanary = 256;
   std::vector<std::vector<char>> memory(blocks.x, std::vector<char>(shared + 16 + kCanary, static_cast<char>(0xff)));
   std::vector<std::thread> workers;

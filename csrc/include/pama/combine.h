@@ -92,6 +92,7 @@ struct CombineParams {
   void* workspace;  // CUDA only
   Access access;    // these too, down to gate_high: see cuda/combine.cu
   Meeting meeting;
+  int64_t run_tokens;  // of a block, where its tokens are not those of pools
   int tile_tokens, tile_pools;
   int tile_slices;            // of the tokens of a tile, each of another warp
   bool plain;                 // an entry is its advantage, or 0 below 0
@@ -107,7 +108,7 @@ struct CombineParams {
   void* sums;             // [batch, n] in the type of the arithmetic: scores to be read instead of advantages; or null
   int64_t* dead;          // CUDA: [n], how many of the pools give only 0; or null
   void* affine;           // Maps of [n, pools] in that type, or null: nothing to normalise
-  bool measures;          // `affine` is filled on the way, group by group
+  bool measures;          // `affine` is filled on the way, group by group; on CUDA, tile by tile
   bool absent_zero;       // -0 marks samples that are not there
 
   Plane advantages[kMaxObjectives];
@@ -128,8 +129,9 @@ struct CombineParams {
 
   PAMA_HD bool has_gram() const { return solver == Solver::kMinNorm && level != Level::kToken; }  // of one token: none
   PAMA_HD bool normalizes_groups() const { return affine && normalize.by == Pool::kGroup; }
-  PAMA_HD bool marks() const { return normalize.combined != Pool::kNone; }          // -0 left where there is no data
-  PAMA_HD int64_t pools() const { return level == Level::kGroup ? groups : rows; }  // solved one by one
+  PAMA_HD int64_t group_tokens() const { return normalize.group_size * row_tokens; }  // groups by size
+  PAMA_HD bool marks() const { return normalize.combined != Pool::kNone; }            // -0 left where there is no data
+  PAMA_HD int64_t pools() const { return level == Level::kGroup ? groups : rows; }    // solved one by one
   PAMA_HD int64_t row_at(int64_t k) const { return order ? order[k] : k; }  // of the tensors, the k-th in grouped order
 
   PAMA_HD double reward_weight(int i) const {
