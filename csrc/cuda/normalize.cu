@@ -1,8 +1,9 @@
 // Groups, the moments of every pool as an affine map each, and the combination normalised at the end.
 //
 // A kernel for each step, one behind the other on the stream: deterministic, since what is added up is added up in a
-// fixed order; only counts go through atomics.
+// fixed order; only counts go through atomics. Ids are sorted by CUB, stable.
 #include <algorithm>
+#include <cub/device/device_radix_sort.cuh>
 
 #include "check.h"
 #include "entry.cuh"
@@ -13,31 +14,34 @@ namespace {
 
 constexpr int kPartials = 128;  // blocks that share one pool
 
-// Rows sorted by id, stable: order, and for each place the first and the last place of its group. Each row counts what
-// stands before it, which is quicker than sorting for the few thousand rows of a batch.
-__global__ void __launch_bounds__(kThreads, 2) sort_rows(const __grid_constant__ CombineParams p) {
-  __shared__ int64_t ids[kThreads];
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads; first < p.batch;
-       first += static_cast<int64_t>(gridDim.x) * kThreads) {
-    const int64_t row = first + threadIdx.x;
-    const int64_t own = row < p.batch ? p.group_value(row) : 0;
-    int64_t below = 0, equal = 0, before = 0;
-    for (int64_t begin = 0; begin < p.batch; begin += kThreads) {
-      __syncthreads();
-      if (begin + threadIdx.x < p.batch) ids[threadIdx.x] = p.group_value(begin + threadIdx.x);
-      __syncthreads();
-      const int count = static_cast<int>(min(int64_t{kThreads}, p.batch - begin));
-      for (int k = 0; k < count; ++k) {
-        below += ids[k] < own;
-        equal += ids[k] == own;
-        before += ids[k] == own && begin + k < row;
+// Rows by id: what is to be sorted, ids and rows, in the place of what is found in the end.
+__global__ void __launch_bounds__(kThreads, 2) number_rows(const __grid_constant__ CombineParams p) {
+  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; k < p.batch;
+       k += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const_cast<int64_t*>(p.starts)[k] = p.group_value(k);
+    const_cast<int64_t*>(p.ends)[k] = k;
+  }
+}
+
+// For each place in the sorted ids, at `workspace`, the first place of its group and the one behind its last.
+__global__ void __launch_bounds__(kThreads, 2) find_groups(const __grid_constant__ CombineParams p) {
+  const auto* ids = static_cast<const int64_t*>(p.workspace);
+  const auto first_above = [&](int64_t id, bool equal) {  // or the first that is equal
+    int64_t low = 0, high = p.batch;
+    while (low < high) {
+      const int64_t middle = low + (high - low) / 2;
+      if (ids[middle] < id || (!equal && ids[middle] == id)) {
+        low = middle + 1;
+      } else {
+        high = middle;
       }
     }
-    if (row >= p.batch) continue;
-    const int64_t place = below + before;
-    const_cast<int64_t*>(p.order)[place] = row;
-    const_cast<int64_t*>(p.starts)[place] = below;
-    const_cast<int64_t*>(p.ends)[place] = below + equal;
+    return low;
+  };
+  for (int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; k < p.batch;
+       k += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const_cast<int64_t*>(p.starts)[k] = first_above(ids[k], true);
+    const_cast<int64_t*>(p.ends)[k] = first_above(ids[k], false);
   }
 }
 
@@ -168,9 +172,30 @@ bool uses_groups(const CombineParams& p) {
   return p.normalize.by == Pool::kGroup || p.normalize.combined == Pool::kGroup || p.level == Level::kGroup;
 }
 
+// Sorts the ids at p.starts and the rows at p.ends, into `ids` and p.order; without memory, says how much it needs.
+size_t sort_rows(const CombineParams& p, int64_t* ids, void* memory, size_t bytes, void* stream) {
+  check_cuda(cub::DeviceRadixSort::SortPairs(memory, bytes, p.starts, ids, p.ends, const_cast<int64_t*>(p.order),
+                                             p.batch, 0, 64, static_cast<cudaStream_t>(stream)),
+             "sorting group_ids");
+  return bytes;
+}
+
+// What sort_rows() needs, asked once for a device and a number of rows.
+int64_t sort_bytes(const CombineParams& p) {
+  static thread_local int64_t rows = -1, bytes = 0;
+  static thread_local int device = -1;
+  if (p.batch != rows || p.device.index != device) {
+    const DeviceGuard guard(p.device.index);
+    bytes = static_cast<int64_t>((sort_rows(p, nullptr, nullptr, 0, nullptr) + 15) / 16 * 16);
+    rows = p.batch;
+    device = p.device.index;
+  }
+  return bytes;
+}
+
 // Where everything stands, in bytes from the start.
 struct Layout {
-  int64_t order, starts, ends, dead, partials, affine, sums, end;
+  int64_t order, starts, ends, sorted, sort, dead, partials, affine, sums, end;
 
   explicit Layout(const CombineParams& p) {
     const int64_t wide = p.dtype == DType::kFloat64 ? 8 : 4, groups = std::max<int64_t>(p.groups, 1);
@@ -181,7 +206,9 @@ struct Layout {
     order = 0;
     starts = order + ids;
     ends = starts + ids;
-    dead = ends + ids;
+    sorted = ends + ids;
+    sort = sorted + ids;
+    dead = sort + (ids > 0 ? sort_bytes(p) : 0);
     partials = dead + (any ? kMaxObjectives * 8 : 0);
     affine = partials + (any ? kPartials * p.n * static_cast<int64_t>(sizeof(Moments)) : 0);
     sums = affine + (any ? (3 * std::max(by, combined) * wide + 7) / 8 * 8 : 0);
@@ -222,7 +249,12 @@ void normalize_cuda(CombineParams& p, void* memory, void* stream) {
     p.order = reinterpret_cast<int64_t*>(base + at.order);
     p.starts = reinterpret_cast<int64_t*>(base + at.starts);
     p.ends = reinterpret_cast<int64_t*>(base + at.ends);
-    launch(sort_rows, (p.batch + kThreads - 1) / kThreads, p, stream);
+    CombineParams q = p;
+    q.workspace = base + at.sorted;
+    const int64_t blocks = (p.batch + kThreads - 1) / kThreads;
+    launch(number_rows, blocks, q, stream);
+    sort_rows(q, static_cast<int64_t*>(q.workspace), base + at.sort, static_cast<size_t>(sort_bytes(p)), stream);
+    launch(find_groups, blocks, q, stream);
   }
   void* sums = p.normalize.row_sums ? base + at.sums : nullptr;
   if (sums) {
