@@ -44,7 +44,7 @@ WIDE_LOADS = sum(range(2, 9)) + 9  # N at once up to 8 objectives; one, in a loo
 LIMITS = {
     r"combine_kernel<.*Kind\)[02]>": Limit(128, wide_loads=WIDE_LOADS),
     r"combine_kernel<.*Kind\)1>": Limit(128, SOLVER_STACK, wide_loads=WIDE_LOADS),
-    r"combine_small_kernel": Limit(64),
+    r"combine_direct_kernel": Limit(64),
     r"gae_(warp|block)_kernel": Limit(64),
     r"policy_loss_kernel": Limit(128, wide_loads=2),
     r"value_loss_kernel": Limit(128, wide_loads=2),

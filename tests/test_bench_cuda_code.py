@@ -38,7 +38,7 @@ def test_narrow_loads_are_noticed(tmp_path):
     (narrow / "tile.cuh").write_text(tile.replace("kBytes = 16;", "kBytes = 8;"))
     for kernel in cuda_code.kernels_of(narrow / "combine.cu", "90"):
         noticed = any("loads of 16 bytes" in complaint for complaint in kernel.complaints())
-        assert noticed or "combine_small_kernel" in kernel.name, kernel
+        assert noticed or "combine_direct_kernel" in kernel.name, kernel
 
 
 def test_limits_are_limits():

@@ -211,7 +211,8 @@ def test_a_cluster_and_a_grid_meet_alike(kernel, device, level):
 def test_what_is_left_out_where_nobody_asks_for_it_changes_nothing(kernel, level, dtype, memory):
     """Weights of 1 take the general way through the entries; without them a shorter one is taken, to the same bits."""
     where = {"first": memory.startswith("first"), "offset": int("unaligned" in memory)}
-    for shape in ((9, 307, 4), (5, 601, 3)):  # beyond the kernel of small calls
+    where["in_place"] = level == "batch"  # otherwise another kernel does it
+    for shape in ((9, 307, 4), (3, 29, 2)):
         inputs = problem(shape, dtype)
         n = shape[-1]
         plain, general = (
@@ -225,17 +226,49 @@ def test_what_is_left_out_where_nobody_asks_for_it_changes_nothing(kernel, level
 
 @pytest.mark.parametrize("memory", ["last", "first", "last, unaligned"])
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 32, 33])
-def test_small_calls(kernel, n, memory):
-    """One slice to eight of them, one batch of loads to several, up to the last size; 33 objectives are too many."""
+def test_plain_calls(kernel, n, memory):
+    """One slice to eight of them, one batch of loads to several, one block or two; 33 objectives are too many."""
     where = {"first": memory.startswith("first"), "offset": int("unaligned" in memory)}
     weights = [0.5, -2.0, 0.0, *[1.0 / n] * n][:n]
-    for tokens, dtype in itertools.zip_longest((1, 31, 64, 129, 300, 8192 // n), DTYPES, fillvalue=torch.float32):
+    sizes = (1, 31, 64, 129, 300, 8192 // n, 9000 // n)
+    for tokens, dtype in itertools.zip_longest(sizes, DTYPES, fillvalue=torch.float32):
         inputs = problem((1, tokens, n), dtype)
         inputs[1][0, 0] = True
         inputs[0][0, 0] = 0.5
         for options in ({}, {"skip_inactive": True}, {"solver": "fixed", "reward_weights": weights}):
             got, packed, _ = run(kernel, *inputs, 7, level="batch", **options, **where)
             assert_results((got, packed), *inputs, level="batch", **options)
+
+
+@pytest.mark.parametrize("capability", [8, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plain_calls_of_several_blocks(kernel, device, dtype, capability):
+    """Blocks that meet in a cluster or a grid, and that may have nothing to do; in any order of threads."""
+    device(capability, 228 * 1024)
+    for shape in ((3, 911, 4), (7, 1499, 3), (1, 900, 10), (2, 11000, 1), (4500, 1, 7), (1, 600, 16)):
+        inputs = problem(shape, dtype)
+        first = None
+        for order in ORDERS:
+            got, packed, blocks = run(kernel, *inputs, order, level="batch")
+            assert blocks == 2
+            assert kernel.launches() == 1
+            assert kernel.meeting() == (1 if capability == 9 else 2)  # pama::Meeting
+            first = first or (got, packed)
+            assert_same_bits(got, first[0])
+            assert_same_bits(packed, first[1])
+        assert_results(first, *inputs, level="batch")
+
+
+def test_what_is_left_to_the_general_kernel(kernel):
+    """A byte more than what fits on the chip, or anything unusual, gives other blocks and the same result."""
+    for shape, options in (((4, 600, 3), {"nan": "propagate"}), ((4, 600, 3), {"noon": False}),
+                           ((4, 600, 3), {"reward_weights": [1.0] * 3}), ((1, 40_000, 3), {}),
+                           ((1, 120, 33), {}), ((1, 600, 17), {})):  # fmt: skip
+        inputs = problem(shape)
+        inputs = (inputs[0].nan_to_num(0.5, 0.5, 0.5), *inputs[1:])
+        got, packed, blocks = run(kernel, *inputs, 1, level="batch", **options)
+        assert blocks == (1 if math.prod(shape) <= 4096 else 4)
+        assert_results((got, packed), *inputs, level="batch", **options)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -252,8 +285,8 @@ def test_equal_objectives_get_equal_bits(kernel, shape, level):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("scale", [1e-30, 1e18, 1e36])
-def test_small_calls_of_extreme_size(kernel, scale, dtype):
-    """Sums and squares that leave the range of float32: what is written is finite or inf, as the general way says."""
+def test_plain_calls_of_extreme_size(kernel, scale, dtype):
+    """Sums and squares of one slice that leave the range of float32: finite or inf, as the general way says."""
     advantages, mask, log_ratio = problem((1, 200, 3))
     advantages = (advantages * scale).to(dtype)
     ours, general = (
@@ -321,9 +354,10 @@ def test_blocks_may_be_far_from_the_first(kernel, level, valid):
     flat[:] = True
     flat[valid:704] = False
     advantages.view(-1, 4)[:valid] += 1234567.89
-    combined, packed, blocks = run(kernel, advantages, mask, log_ratio, 0, level=level)
-    assert blocks == 4  # of 704 tokens
-    assert_results((combined, packed), advantages, mask, log_ratio, level=level)
+    for options in ({"level": level}, {"level": level, "reward_weights": [1.0] * 4}):
+        combined, packed, blocks = run(kernel, advantages, mask, log_ratio, 0, **options)
+        assert blocks in (2, 4)  # of 704 tokens, or twice as many
+        assert_results((combined, packed), advantages, mask, log_ratio, **options)
 
 
 @pytest.mark.parametrize("n", [3, 20])
@@ -350,21 +384,24 @@ def test_pools_of_every_size(kernel, n, size):
 
 
 @pytest.mark.parametrize(
-    ("file", "before", "shape"),
+    ("file", "before", "options"),
     [
-        ("scan.cuh", "void merge_slices() {\n    ", (4, 900, 3)),
-        ("small.cuh", "mine = here;\n    }\n    ", (4, 600, 3)),
-        ("small.cuh", "centre(), mine);\n    ", (4, 600, 3)),
+        ("scan.cuh", "void merge_slices() {\n    ", {"in_place": True}),
+        ("block.cuh", "number_groups(group, count);\n    ", {"normalize": Normalize(by="group", group_size=8)}),
+        ("block.cuh", "measure_groups(group, count);\n    ", {"normalize": Normalize(by="group", group_size=8)}),
+        ("direct.cuh", "keep(look());\n    ", {}),
+        ("direct.cuh", "keep_spread(spread(centre()));\n    ", {}),
     ],
+    ids=["slices", "groups, before", "groups, after", "direct, first", "direct, second"],
 )
-def test_a_missing_barrier_is_noticed(tmp_path, file, before, shape):
+def test_a_missing_barrier_is_noticed(tmp_path, file, before, options):
     """The negative control: without the barrier before what warps have found is merged, the order of threads shows."""
     broken = shutil.copytree(ROOT / "csrc/cuda", tmp_path / "cuda")
     source = (broken / file).read_text()
     assert source.count(f"{before}__syncthreads();") == 1
     (broken / file).write_text(source.replace(f"{before}__syncthreads();", before))
     kernel = build(tmp_path, broken)
-    results = [run(kernel, *problem(shape), order, level="batch")[1] for order in ORDERS]
+    results = [run(kernel, *problem((800, 3, 3)), order, level="batch", **options)[1] for order in ORDERS]
     assert any(not torch.equal(results[0], other) for other in results[1:])
 
 
@@ -411,10 +448,11 @@ def in_groups(size, tokens, n, dtype=torch.float32):
 @pytest.mark.parametrize("n", [1, 5, 20])
 @pytest.mark.parametrize(("size", "tokens"), [(1, 5), (2, 1), (8, 1), (3, 7), (5, 13), (33, 3), (4, 64), (2, 150)])
 def test_groups_of_one_size_are_measured_on_the_way(kernel, device, size, tokens, n, level):
-    """In one launch, if tiles, several to a block, can begin with a group and at a multiple of 32 tokens."""
+    """In one launch, if tiles can begin with a group and at a multiple of 32 tokens, and four blocks have one each."""
     device(9, 100 * 1024)
     inputs = in_groups(size, tokens, n)
-    fits = (size * tokens if level == "group" else math.lcm(32, size * tokens)) < 25_500 / (4 * n + 5)
+    unit = size * tokens if level == "group" else math.lcm(32, size * tokens)
+    fits = unit < 25_500 / (4 * n + 5) and (level == "group" or 3 * unit <= inputs[1].numel())
     options = {"level": level, "normalize": Normalize(by="group", group_size=size, singleton="raw")}
     first = None
     for order in ORDERS[:2]:

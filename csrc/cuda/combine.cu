@@ -1,5 +1,6 @@
 // launch_combine_cuda: one launch per call, at every level and size; what Normalize asks for comes in launches of its
-// own before and after it (cuda/normalize.cu), except for groups of one size, which are measured tile by tile.
+// own before and after it (cuda/normalize.cu), except for groups of one size of which tiles hold whole
+// ones: those are measured there.
 //
 // Tokens are dealt to blocks in equal runs, and a block takes its run a tile at a time (cuda/tile.cuh); pools (rows,
 // groups) are dealt round robin, small ones several to a tile. In a tile, a warp takes a slice of the tokens of some
@@ -11,9 +12,9 @@
 #include <stdexcept>
 
 #include "block.cuh"
+#include "direct.cuh"
 #include "launch.h"
 #include "normalize.h"
-#include "small.cuh"
 
 namespace pama {
 namespace {
@@ -31,8 +32,6 @@ static_assert(kThreads >= kMaxObjectives + 2, "one thread per objective, and two
 //   up to 32768     8 at most, one for 2048 elements                a cluster; where there is none, the grid
 //   beyond          2 a multiprocessor at most, one for 2048        the grid
 //
-// Of these, calls of up to 8192 elements that ask for nothing unusual have a kernel of their own (cuda/small.cuh).
-//
 // A tile is as large as the share of a block or as a whole number of small pools, as what fits into half of a
 // multiprocessor's shared memory, or as kTileTokens.
 struct ShapeRow {
@@ -45,6 +44,20 @@ constexpr ShapeRow kShapes[] = {
     {32768, 2048, kClusterBlocks, Meeting::kCluster},
     {INT64_MAX, 2048, INT32_MAX, Meeting::kGrid},
 };
+
+// The same of calls at level batch that ask for nothing unusual and fit on the chip, up to kDirectBytes for each block:
+// those have a kernel of their own (cuda/direct.cuh).
+//
+//   up to 8192      1                                               the block
+//   up to 65536     8 at most, one for 8192 elements                a cluster; where there is none, the grid
+//   beyond          1 a multiprocessor at most, one for 4096        the grid
+constexpr ShapeRow kDirectShapes[] = {
+    {8192, 8192, 1, Meeting::kBlock},
+    {65536, 8192, kClusterBlocks, Meeting::kCluster},
+    {INT64_MAX, 4096, INT32_MAX, Meeting::kGrid},
+};
+constexpr int64_t kDirectBytes = 192 * 1024;
+constexpr int kDirectMost = 16;  // objectives of several blocks: a load of 32 entries touches as many cache lines
 
 template <class S, Kind kKind>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM) combine_kernel(const __grid_constant__ CombineParams p) {
@@ -83,14 +96,22 @@ int most_shared(int device) {
   return std::max(std::min(shared, resident), static_cast<int>(kLeast));
 }
 
-const ShapeRow& shape_of(const CombineParams& p) {
+const ShapeRow& shape_of(const CombineParams& p, const ShapeRow (&table)[3]) {
   const int64_t elements = p.tokens() * p.n;
-  return *std::find_if(std::begin(kShapes), std::end(kShapes),
-                       [&](const ShapeRow& row) { return elements <= row.up_to; });
+  return *std::find_if(table, table + 3, [&](const ShapeRow& row) { return elements <= row.up_to; });
+}
+
+template <auto kKernel>
+Meeting meeting_of(const CombineParams& p, int64_t blocks, const ShapeRow (&table)[3]) {
+  const int device = p.device.index;
+  const bool clusters =
+      attribute_of<cudaDevAttrComputeCapabilityMajor>(device) >= 9 && code_version<kKernel>(device) >= 90;
+  if (blocks == 1) return Meeting::kBlock;
+  return clusters && shape_of(p, table).meeting == Meeting::kCluster ? Meeting::kCluster : Meeting::kGrid;
 }
 
 int blocks_for(const CombineParams& p) {
-  const ShapeRow& row = shape_of(p);
+  const ShapeRow& row = shape_of(p, kShapes);
   const int64_t share = (p.tokens() * p.n + row.elements_per_block - 1) / row.elements_per_block;
   const int64_t wanted = std::min<int64_t>(has_pools(p) ? std::min(share, p.pools()) : share, row.most_blocks);
   if (wanted <= 1) return 1;
@@ -131,27 +152,43 @@ void plan_entries(CombineParams& p) {
   p.gate_high = at_most<float>(p.log_high);
 }
 
-// Whether cuda/small.cuh does it: with Noon and without Normalize, all tensors with one step from token to token, of
-// which it counts in int.
-bool is_small(const CombineParams& p) {
-  constexpr int64_t kFar = INT32_MAX / kSmallElements;
+int64_t direct_blocks(const CombineParams& p) {
+  const ShapeRow& row = shape_of(p, kDirectShapes);
+  const int64_t share = (p.tokens() * p.n + row.elements_per_block - 1) / row.elements_per_block;
+  const int64_t wanted = std::min<int64_t>(share, row.most_blocks);
+  if (wanted <= 1) return 1;
+  return with_dtype(p.dtype, [&](auto s) {
+    constexpr auto kKernel = combine_direct_kernel<decltype(s)>;
+    return std::min<int64_t>(wanted, resident_blocks<kKernel>(p.device.index, 32 * kDirectWarps, 1));
+  });
+}
+
+// Whether cuda/direct.cuh does it: Noon and no Normalize, all tensors with one step from token to token, of which a
+// block counts in int, and no more than fits on the chip.
+bool is_direct(const CombineParams& p) {
+  constexpr int64_t kFar = INT32_MAX / kDirectBytes;
   const auto steps = [&](const Plane& q) {
     return (p.rows == 1 || q.row == p.cols * q.col) && -kFar < q.col && q.col < kFar;
   };
+  const int64_t bytes = p.tokens() * (p.n * size_of(p.dtype) + (p.mask.data ? 1 : 0) + (p.log_ratio.data ? 4 : 0));
   return p.level == Level::kBatch && !p.has_gram() && p.plain && !p.in_place && p.gates_together && steps(p.out) &&
-         p.n <= kSmallWarps && p.tokens() * p.n <= kSmallElements &&
-         std::all_of(p.advantages, p.advantages + p.n, steps);
+         p.n <= (direct_blocks(p) > 1 ? kDirectMost : kDirectWarps) &&
+         std::all_of(p.advantages, p.advantages + p.n, steps) && bytes <= direct_blocks(p) * kDirectBytes;
 }
 
-void launch_small(CombineParams& p, void* stream) {
-  p.meeting = Meeting::kBlock;
+void launch_direct(CombineParams& p, void* stream) {
+  const int64_t blocks = direct_blocks(p), each = (p.tokens() + blocks - 1) / blocks;
+  p.run_tokens = (each + 31) / 32 * 32;
   p.tile_slices = 1;
-  while (2 * p.tile_slices * p.n <= kSmallWarps && 2 * p.tile_slices <= kSmallSlices &&
-         2 * p.tile_slices * kSmallSlice <= p.tokens())
+  while (2 * p.tile_slices * p.n <= kDirectWarps && 2 * p.tile_slices <= kDirectSlices &&
+         2 * p.tile_slices * kDirectSlice <= p.run_tokens)
     p.tile_slices *= 2;
   with_dtype(p.dtype, [&](auto s) {
-    launch_together(reinterpret_cast<const void*>(combine_small_kernel<decltype(s)>), 1, 32 * p.tile_slices * p.n, p,
-                    stream, "launching combine_small_kernel");
+    using S = decltype(s);
+    constexpr auto kKernel = combine_direct_kernel<S>;
+    p.meeting = meeting_of<kKernel>(p, blocks, kDirectShapes);
+    launch_together(reinterpret_cast<const void*>(kKernel), blocks, 32 * p.tile_slices * p.n, p, stream,
+                    "launching combine_direct_kernel", p.meeting, sizeof(DirectShared<typename Storage<S>::Compute>));
   });
 }
 
@@ -178,18 +215,16 @@ bool measures(const CombineParams& p, int64_t most_shared) {
   if (p.normalize.by != Pool::kGroup || p.normalize.groups != Groups::kSize || p.normalize.row_sums) return false;
   const int64_t size = p.group_tokens(), most = capacity<C>(p, most_shared);
   if (size == 0 || size > most || p.level == Level::kSequence) return false;
-  return p.level == Level::kGroup || std::lcm(int64_t{Tile<C>::kStep}, size) <= most;
+  const int64_t unit = std::lcm(int64_t{Tile<C>::kStep}, size);  // not so long that blocks would have nothing to do
+  return p.level == Level::kGroup || (unit <= most && unit * blocks_for(p) <= p.tokens() + unit);
 }
 
-// Fills the parameters of the launch, with or without clusters; returns the shared memory that it needs.
+// Fills the parameters of the launch; returns the shared memory that it needs.
 template <class C>
-int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared, bool cluster) {
+int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared) {
   constexpr int64_t kStep = Tile<C>::kStep;
   const bool gram = p.has_gram(), grouped = p.normalizes_groups();
   p.access = access_of(p);
-  p.meeting = blocks == 1                                           ? Meeting::kBlock
-              : shape_of(p).meeting == Meeting::kCluster && cluster ? Meeting::kCluster
-                                                                    : Meeting::kGrid;
   p.tile_pools = 1;
   auto rounded = [&](int64_t tokens) { return std::max(kStep, (tokens + kStep - 1) / kStep * kStep); };
   const int64_t unit = has_pools(p) ? kStep : run_step<C>(p), most = capacity<C>(p, most_shared) / unit * unit;
@@ -215,7 +250,10 @@ int64_t plan_tiles(CombineParams& p, int64_t blocks, int64_t most_shared, bool c
 }  // namespace
 
 // Behind the blocks' own memory stands that of the normalisation.
-static int64_t blocks_bytes(const CombineParams& p) { return (block_bytes(p) * blocks_for(p) + 15) / 16 * 16; }
+static int64_t blocks_bytes(const CombineParams& p) {
+  const int64_t direct = Published<double>::bytes(direct_blocks(p), p.n);
+  return (std::max(block_bytes(p) * blocks_for(p), direct) + 15) / 16 * 16;
+}
 
 int64_t combine_cuda_workspace(const CombineParams& p) { return blocks_bytes(p) + normalize_cuda_workspace(p); }
 
@@ -232,11 +270,10 @@ void launch_combine_cuda(CombineParams& params, void* stream) {
     params.measures = measures<C>(params, most);
     normalize_cuda(params, static_cast<char*>(params.workspace) + blocks_bytes(params), stream);
     plan_entries(params);
-    if (is_small(params)) return launch_small(params, stream);
+    if (is_direct(params)) return launch_direct(params, stream);
     const int64_t blocks = blocks_for(params);
-    const bool cluster = attribute_of<cudaDevAttrComputeCapabilityMajor>(params.device.index) >= 9 &&
-                         code_version<kKernel>(params.device.index) >= 90;
-    const int64_t shared = plan_tiles<C>(params, blocks, most, cluster);
+    const int64_t shared = plan_tiles<C>(params, blocks, most);
+    params.meeting = meeting_of<kKernel>(params, blocks, kShapes);
     allow_shared<kKernel>(params.device.index, most);
     launch_together(reinterpret_cast<const void*>(kKernel), blocks, kThreads, params, stream,
                     "launching combine_kernel", params.meeting, shared);

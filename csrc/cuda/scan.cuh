@@ -8,7 +8,7 @@ namespace pama {
 
 constexpr int kUnits = 128;           // slices or pools of a tile, times objectives
 constexpr int kPoolTokens = 256;      // of a pool that shares its tile with others
-constexpr int kTileTokens = 1 << 13;  // at most: a lane adds up 32 of them, and counts fit 16 bits
+constexpr int kTileTokens = 1 << 13;  // at most: a lane adds up 32 of a slice, and counts fit 16 bits
 static_assert(kUnits >= kMaxObjectives, "a unit for each objective");
 
 __host__ __device__ constexpr int64_t gram_size(int n) { return static_cast<int64_t>(n) * n + 1; }
@@ -99,17 +99,15 @@ struct Sums {
     if (!is_finite(centre)) centre = C{0};  // the sum of huge entries has overflowed
   }
 
-  __device__ __forceinline__ void spread(C raw) {
-    const C d = raw - centre;
-    deviation += d;
-    squares += d * d;
-    low = static_cast<C>(fmin(low, raw));
-    high = static_cast<C>(fmax(high, raw));
-  }
-
   template <bool kPlain>
   __device__ __forceinline__ void add(C raw, const Entry<C>& e) {
-    if (e.finite) spread(raw);
+    if (e.finite) {
+      const C d = raw - centre;
+      deviation += d;
+      squares += d * d;
+      low = static_cast<C>(fmin(low, raw));
+      high = static_cast<C>(fmax(high, raw));
+    }
     active += e.gated;
     if (e.positive) positive_nonzero += kPlain ? (1u << 16) + 1 : 1u << 16;
     if (!kPlain && e.nonzero) ++positive_nonzero;
@@ -283,14 +281,28 @@ class Scanner {
       Sums<C> sums;
       for (int k = begin + lane; k < end; k += lanes) sums.see(x[k], has(tile.flags[k], kValidFlag));
       sums.find_centre(lanes);
+      Moments m = Moments::empty();
+      double drift = 0.0, squares = 0.0;  // as a division by their root follows, of any size
       for (int k = begin + lane; k < end; k += lanes) {
         const bool valid = has(tile.flags[k], kValidFlag);
         sums.valid += valid;
-        if (valid & is_finite(x[k])) sums.spread(x[k]);
+        if (!(valid & is_finite(x[k]))) continue;
+        sums.low = static_cast<C>(fmin(sums.low, x[k]));
+        sums.high = static_cast<C>(fmax(sums.high, x[k]));
+        const double d = static_cast<double>(x[k]) - static_cast<double>(sums.centre);
+        drift += d;
+        squares += d * d;
       }
       sums.meet(lanes);
+      drift = warp_sum(drift, lanes);
+      squares = warp_sum(squares, lanes);
       if (lane != 0 || unit >= units) continue;
-      const PoolMoments moments = sums.moments().pool(p.propagate);
+      m.count = sums.usable;
+      m.nonfinite = sums.valid - sums.usable;
+      m.min = static_cast<double>(sums.low);
+      m.max = static_cast<double>(sums.high);
+      settle(m, static_cast<double>(sums.centre), drift, squares);
+      const PoolMoments moments = m.pool(p.propagate);
       Maps<C>(static_cast<C*>(p.affine), p.n * p.groups)
           .set(i * p.groups + group + unit / p.n, affine<C>(p.normalize.each, moments));
       if (is_dead(p.normalize.each, moments)) atomicAdd(shared.dead + i, 1ull);

@@ -60,5 +60,5 @@ extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes
   for (int64_t k = doubles; k < doubles + kCanary; ++k)
     if (!std::isnan(workspace[k])) std::terminate();  // written beyond the workspace
   met = p.meeting;
-  return blocks_for(p);
+  return host::blocks_together;
 }

@@ -101,6 +101,8 @@ inline int cudaMemsetAsync(void* data, int value, size_t bytes, void*) { return 
 inline int64_t min(int64_t a, int64_t b) { return std::min(a, b); }
 inline int64_t max(int64_t a, int64_t b) { return std::max(a, b); }
 inline void atomicAdd(unsigned long long* to, unsigned long long x) { std::atomic_ref(*to) += x; }
+inline unsigned atomicAdd(unsigned* to, unsigned x) { return std::atomic_ref(*to).fetch_add(x); }
+inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline int min(int a, int b) { return std::min(a, b); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(uint64_t x) { return __builtin_popcountll(x); }
@@ -118,8 +120,8 @@ struct Fiber {
   double exchange;  // what a shuffle shows the others
 };
 
-inline int launches = 0;
-inline unsigned order = 0;  // 0: ascending, 1: descending, else the seed of a shuffle
+inline int launches = 0, blocks_together = 0;  // of the last kernel whose blocks may meet
+inline unsigned order = 0;                     // 0: ascending, 1: descending, else the seed of a shuffle
 inline thread_local std::vector<Fiber>* fibers;
 inline thread_local std::vector<std::vector<char>>* shared;  // dynamic shared memory of all blocks
 inline thread_local jmp_buf scheduler;
@@ -293,5 +295,6 @@ inline int run_on_host(const void* kernel, dim3 blocks, int threads, void** argu
 }
 #define cudaLaunchKernel(kernel, blocks, threads, arguments, shared, stream) \
   run_on_host(kernel, blocks, threads, arguments, call_kernel, shared)
-#define cudaLaunchKernelExC(config, kernel, arguments) \
-  run_on_host(kernel, (config)->gridDim, (config)->blockDim.x, arguments, call_kernel, (config)->dynamicSmemBytes)
+#define cudaLaunchKernelExC(config, kernel, arguments)            \
+  (host::blocks_together = static_cast<int>((config)->gridDim.x), \
+   run_on_host(kernel, (config)->gridDim, (config)->blockDim.x, arguments, call_kernel, (config)->dynamicSmemBytes))

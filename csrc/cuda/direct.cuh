@@ -1,0 +1,352 @@
+// The kernel of plain calls at level batch that fit on the chip: no tile, a warp to each slice of each objective, which
+// loads what it needs itself, a second and a third time from the first-level cache. A call of a few hundred numbers
+// takes as long as its longest chain of instructions, so this one is short.
+#pragma once
+
+#include "launch.h"
+#include "meet.cuh"
+#include "pama/solve.h"
+#include "scan.cuh"
+
+namespace pama {
+
+constexpr int kDirectWarps = 32;   // of a block; as many objectives at most: where all meet, a lane has one of them
+constexpr int kDirectSlices = 8;   // of an objective in a block: whoever needs the whole adds them up
+constexpr int kDirectSlice = 128;  // tokens that are worth a warp
+constexpr int kDirectLoads = 4;    // of a lane, from each tensor, under way
+
+// What a warp has found in its slice of an objective, or all slices of a block, or all blocks.
+template <class C>
+struct Found {
+  C sum{0}, active{0}, low = static_cast<C>(HUGE_VAL), high = -static_cast<C>(HUGE_VAL);
+  C drift{0}, squares{0};  // around the mean of all
+  unsigned usable = 0, valid = 0, positive = 0, clipped = 0;
+
+  __device__ __forceinline__ void add(const Found& x) {
+    sum += x.sum;
+    active += x.active;
+    low = static_cast<C>(fmin(low, x.low));
+    high = static_cast<C>(fmax(high, x.high));
+    drift += x.drift;
+    squares += x.squares;
+    usable += x.usable;
+    valid += x.valid;
+    positive += x.positive;
+    clipped += x.clipped;
+  }
+  // Those of all lanes, without their spread.
+  __device__ __forceinline__ void meet() {
+    for (int offset = 16; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+      active += __shfl_xor_sync(0xffffffffu, active, offset);
+      low = static_cast<C>(fmin(low, __shfl_xor_sync(0xffffffffu, low, offset)));
+      high = static_cast<C>(fmax(high, __shfl_xor_sync(0xffffffffu, high, offset)));
+    }
+    usable = warp_sum(usable, 32);
+    valid = warp_sum(valid, 32);
+    positive = warp_sum(positive, 32);
+    clipped = warp_sum(clipped, 32);
+  }
+};
+
+template <class C>
+struct DirectShared {
+  Found<C> slice[kDirectWarps];  // [n, slices], of the block; then of all blocks, of which each slice has some
+  Found<C> block[kDirectWarps];  // [n]
+  bool last;                     // of all blocks to get that far
+};
+
+// In the workspace: how many blocks have published their spread, and what each has found.
+template <class C>
+struct Published {
+  unsigned* count;
+  Found<C>* found;     // [blocks, n]
+  volatile C* spread;  // [blocks, n, 2]: drift and squares, which no cache may hold
+
+  __device__ __forceinline__ Published(void* workspace, int n)
+      : count(static_cast<unsigned*>(workspace)),
+        found(reinterpret_cast<Found<C>*>(static_cast<char*>(workspace) + kBytes)),
+        spread(reinterpret_cast<C*>(found + static_cast<int>(gridDim.x) * n)) {}
+
+  static __host__ int64_t bytes(int64_t blocks, int n) {
+    return kBytes + blocks * n * static_cast<int64_t>(sizeof(Found<C>) + 2 * sizeof(C));
+  }
+};
+
+template <class S>
+class Direct {
+  using C = typename Storage<S>::Compute;
+
+ public:
+  __device__ __forceinline__ Direct(const CombineParams& params, DirectShared<C>& memory)
+      : p(params),
+        shared(memory),
+        published(params.workspace, params.n),
+        begin(blockIdx.x * params.run_tokens),
+        mask(params.mask.data ? reinterpret_cast<const uint8_t*>(params.mask.data) + begin : nullptr),
+        log_ratio(params.log_ratio.data ? reinterpret_cast<const float*>(params.log_ratio.data) + begin : nullptr),
+        tokens(static_cast<int>(max(int64_t{0}, min(params.run_tokens, params.tokens() - begin)))),
+        warp(static_cast<int>(threadIdx.x) / 32),
+        lane(static_cast<int>(threadIdx.x) % 32),
+        step(32 * params.tile_slices),
+        first(static_cast<int>(threadIdx.x) & (step - 1)),  // a power of two
+        objective(static_cast<int>(threadIdx.x) >> (__ffs(step) - 1)) {}
+
+  __device__ __forceinline__ void run() {
+    const bool alone = gridDim.x == 1, writes = threadIdx.x + 32 >= blockDim.x;
+    keep(look());
+    __syncthreads();
+    if (!alone) {
+      if (first < 32) publish();
+      wait_for_all(p.meeting);
+      keep(gather());
+      if (p.meeting == Meeting::kCluster) cluster().barrier_arrive();
+      __syncthreads();
+    }
+    keep_spread(spread(centre()));
+    __syncthreads();
+    Found<C> total;  // of lane i: of objective i
+    if (lane < p.n) total = all_slices(lane);
+    C value;
+    const C weight = solve(total, value);
+    if (writes && alone) write(total, weight, value);
+    if (writes && !alone) publish_spread(total);
+    combine(weight);
+    if (!alone) {
+      __syncthreads();
+      if (shared.last) keep_spread(gather_spread());
+      __syncthreads();
+      if (shared.last && lane < p.n) total = all_slices(lane);
+      if (shared.last && writes) write(total, weight, value);
+    }
+    // Nobody leaves while its shared memory may be read.
+    if (p.meeting == Meeting::kCluster) cluster().barrier_wait();
+  }
+
+ private:
+  struct Spread {
+    C drift{0}, squares{0};
+
+    __device__ __forceinline__ void meet() {
+      drift = warp_sum(drift);
+      squares = warp_sum(squares);
+    }
+  };
+
+  // Of this warp, where the others look for it.
+  __device__ __forceinline__ void keep(const Found<C>& f) const {
+    if (lane == 0) shared.slice[warp] = f;
+  }
+  __device__ __forceinline__ void keep_spread(const Spread& f) const {
+    if (lane == 0) shared.slice[warp].drift = f.drift, shared.slice[warp].squares = f.squares;
+  }
+
+  // Calls each(raw, valid, not_above) for the entries of this lane, loads of some at once.
+  template <bool kGates, class F>
+  __device__ __forceinline__ void entries(F each) const {
+    const Plane& q = p.advantages[objective];
+    const S* x = reinterpret_cast<const S*>(q.data) + begin * q.col;
+    const int apart = static_cast<int>(q.col);
+#pragma unroll 1
+    for (int k = first; k < tokens; k += kDirectLoads * step) {
+      S raw[kDirectLoads];
+      bool valid[kDirectLoads];
+      float log_u[kDirectLoads];
+      int at[kDirectLoads];
+#pragma unroll
+      for (int d = 0; d < kDirectLoads; ++d) {
+        valid[d] = k + d * step < tokens;
+        at[d] = min(k + d * step, tokens - 1);
+        raw[d] = x[at[d] * apart];
+        log_u[d] = -HUGE_VALF;
+      }
+#pragma unroll
+      for (int d = 0; d < kDirectLoads && kGates && log_ratio; ++d) log_u[d] = log_ratio[at[d]];
+#pragma unroll
+      for (int d = 0; d < kDirectLoads && mask; ++d) valid[d] &= mask[at[d]] != 0;
+#pragma unroll
+      for (int d = 0; d < kDirectLoads; ++d) each(Storage<S>::load(raw[d]), valid[d], log_u[d] <= p.gate_high);
+    }
+  }
+
+  // Everything but the spread.
+  __device__ __forceinline__ Found<C> look() const {
+    Found<C> f;
+    entries<true>([&](C raw, bool valid, bool not_above) {
+      const Entry<C> e = plain_entry(raw, valid, not_above);
+      f.valid += valid;
+      if (e.finite) {
+        f.sum += raw;
+        f.low = static_cast<C>(fmin(f.low, raw));
+        f.high = static_cast<C>(fmax(f.high, raw));
+      }
+      f.usable += e.finite;
+      f.active += e.gated;
+      f.positive += e.positive;
+      f.clipped += e.clipped;
+    });
+    f.meet();
+    return f;
+  }
+
+  __device__ __forceinline__ Found<C> all_slices(int i) const {
+    Found<C> f = shared.slice[i * p.tile_slices];
+#pragma unroll 1
+    for (int s = 1; s < p.tile_slices; ++s) f.add(shared.slice[i * p.tile_slices + s]);
+    return f;
+  }
+
+  // The mean of this objective, nearly: the sum of huge entries may overflow.
+  __device__ __forceinline__ C centre() const {
+    C sum{0};
+    unsigned usable = 0;
+#pragma unroll 1
+    for (int s = 0; s < p.tile_slices; ++s) {
+      sum += shared.slice[objective * p.tile_slices + s].sum;
+      usable += shared.slice[objective * p.tile_slices + s].usable;
+    }
+    return centre_of(sum, usable);
+  }
+  static __device__ __forceinline__ C centre_of(C sum, unsigned usable) {
+    const C mean = sum / static_cast<C>(usable > 0 ? usable : 1);
+    return is_finite(mean) ? mean : C{0};
+  }
+
+  // Of this objective, by its first warp: what the block has found, where other blocks look for it.
+  __device__ __forceinline__ void publish() {
+    const Found<C> f = all_slices(objective);
+    if (lane != 0) return;
+    if (p.meeting == Meeting::kCluster) {
+      shared.block[objective] = f;
+    } else {
+      published.found[static_cast<int>(blockIdx.x) * p.n + objective] = f;
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) *published.count = 0;
+  }
+
+  // What some of the blocks have found of this objective, the others being those of its other slices.
+  __device__ __forceinline__ Found<C> gather() const {
+    Found<C> f;
+#pragma unroll 1
+    for (int b = first; b < static_cast<int>(gridDim.x); b += step) {
+      const Found<C>* of = published.found + b * p.n;
+      if (p.meeting == Meeting::kCluster) of = cluster().map_shared_rank(shared.block, b);
+      f.add(of[objective]);
+    }
+    f.meet();
+    return f;
+  }
+
+  __device__ __forceinline__ Spread spread(C centre) const {
+    Spread s;
+    entries<false>([&](C raw, bool valid, bool) {
+      const C d = valid & is_finite(raw) ? raw - centre : C{0};
+      s.drift += d;
+      s.squares += d * d;
+    });
+    s.meet();
+    return s;
+  }
+
+  // By one warp of each block. The last block to do so finds what all the others have published.
+  __device__ __forceinline__ void publish_spread(const Found<C>& f) {
+    volatile C* to = published.spread + 2 * (static_cast<int>(blockIdx.x) * p.n + lane);
+    if (lane < p.n) to[0] = f.drift, to[1] = f.squares;
+    __threadfence();
+    __syncwarp();
+    if (lane == 0) shared.last = atomicAdd(published.count, 1u) + 1 == gridDim.x;
+    __threadfence();
+  }
+
+  // As gather().
+  __device__ __forceinline__ Spread gather_spread() const {
+    Spread s;
+#pragma unroll 1
+    for (int b = first; b < static_cast<int>(gridDim.x); b += step) {
+      s.drift += published.spread[2 * (b * p.n + objective)];
+      s.squares += published.spread[2 * (b * p.n + objective) + 1];
+    }
+    s.meet();
+    return s;
+  }
+
+  // The weight of objective `lane`, in each warp. No a_i is below 0, so the smallest ones share it: see solve.h.
+  __device__ __forceinline__ C solve(const Found<C>& total, C& value) const {
+    const bool mine = lane < p.n;
+    const C a = total.active / static_cast<C>(total.usable > 0 ? total.usable : 1);
+    if (p.solver == Solver::kFixed) {
+      const double weight = mine ? p.fixed_weight(lane) : 0.0;
+      value = static_cast<C>(warp_sum(weight != 0.0 ? weight * static_cast<double>(a) : 0.0));
+      return static_cast<C>(weight);
+    }
+    const unsigned has_data = __ballot_sync(0xffffffffu, mine && total.usable > 0);
+    const unsigned active = __ballot_sync(0xffffffffu, mine && total.positive > total.clipped);
+    const bool kept = participants(has_data, active, p.skip_inactive, p.n) >> lane & 1;
+    value = kept ? a : static_cast<C>(HUGE_VAL);
+    for (int offset = 16; offset > 0; offset /= 2)
+      value = static_cast<C>(fmin(value, __shfl_xor_sync(0xffffffffu, value, offset)));
+    const unsigned smallest = __ballot_sync(0xffffffffu, kept && a == value);
+    return smallest >> lane & 1 ? C{1} / static_cast<C>(__popc(smallest)) : C{0};
+  }
+
+  // The packed results, by one warp.
+  __device__ __forceinline__ void write(const Found<C>& f, C weight, C value) const {
+    C* packed = static_cast<C*>(p.packed);
+    if (lane == 0) packed[(kStatistics + 1) * p.n] = value;
+    if (lane >= p.n) return;
+    const C inf = static_cast<C>(HUGE_VAL), count = static_cast<C>(f.usable);
+    const C divisor = f.usable > 0 ? count : C{1}, shift = f.drift / divisor;
+    const C m2 = f.squares == inf ? inf : static_cast<C>(fmax(C{0}, f.squares - f.drift * shift));
+    const C column[kStatistics + 1] = {
+        count,
+        centre_of(f.sum, f.usable) + shift,
+        f.usable > 1 ? static_cast<C>(sqrt(m2 / (count - C{1}))) : C{0},
+        f.usable > 0 ? f.low : C{0},
+        f.usable > 0 ? f.high : C{0},
+        static_cast<C>(f.positive) / divisor,
+        static_cast<C>(f.clipped) / static_cast<C>(f.positive > 0 ? f.positive : 1),
+        f.active / divisor,
+        static_cast<C>(f.valid - f.usable),
+        C{0},
+        weight,
+    };
+#pragma unroll
+    for (int k = 0; k <= kStatistics; ++k) packed[k * p.n + lane] = column[k];
+  }
+
+  // The combination, a thread to a token.
+  __device__ __forceinline__ void combine(C weight) const {
+    const unsigned weighted = __ballot_sync(0xffffffffu, weight != C{0});
+#pragma unroll 1
+    for (int base = static_cast<int>(threadIdx.x) - lane; base < tokens; base += static_cast<int>(blockDim.x)) {
+      const int k = base + lane;
+      const bool valid = k < tokens && (!mask || mask[k] != 0);
+      C combined{0};
+      for (unsigned left = weighted; left != 0; left &= left - 1) {
+        const int i = __ffs(static_cast<int>(left)) - 1;
+        const C share = __shfl_sync(0xffffffffu, weight, i);
+        if (!valid) continue;
+        const Plane& q = p.advantages[i];
+        const S* x = reinterpret_cast<const S*>(q.data) + begin * q.col;
+        const Entry<C> e = plain_entry(Storage<S>::load(x[k * static_cast<int>(q.col)]), true, true);
+        if (e.taken) combined += share * e.advantage;
+      }
+      if (k < tokens) reinterpret_cast<S*>(p.out.data)[(begin + k) * p.out.col] = Storage<S>::store(combined);
+    }
+  }
+
+  const CombineParams& p;
+  DirectShared<C>& shared;
+  const Published<C> published;
+  const int64_t begin;  // of the tokens of this block
+  const uint8_t* const mask;
+  const float* const log_ratio;
+  const int tokens, warp, lane, step, first, objective;
+};
+
+template <class S>
+__global__ void __launch_bounds__(32 * kDirectWarps) combine_direct_kernel(const __grid_constant__ CombineParams p) {
+  Direct<S>(p, *reinterpret_cast<DirectShared<typename Storage<S>::Compute>*>(dynamic_shared())).run();
+}
+
+}  // namespace pama
