@@ -259,6 +259,48 @@ def test_plain_calls_of_several_blocks(kernel, device, dtype, capability):
         assert_results(first, *inputs, level="batch")
 
 
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(st.data())
+def test_plain_calls_permute_with_their_objectives(kernel, data):
+    """Statistics and weights to the last bit, ties among them; weights share 1 among the smallest scalars."""
+    n, tokens = data.draw(st.integers(1, 16)), data.draw(st.integers(0, 700))
+    dtype = data.draw(st.sampled_from(DTYPES[:2]))
+    advantages, mask, log_ratio = problem((1, tokens, n), dtype)
+    copies = data.draw(
+        st.lists(st.integers(0, n - 1), min_size=n, max_size=n)
+    )  # some objectives twice, some not at all
+    advantages = advantages[..., copies].contiguous()
+    order = data.draw(st.permutations(range(n)))
+    _, packed, _ = run(kernel, advantages, mask, log_ratio, 1, level="batch")
+    _, permuted, _ = run(kernel, advantages[..., order].contiguous(), mask, log_ratio, 7, level="batch")
+    assert_same_bits(permuted[:-1].view(11, n), packed[:-1].view(11, n)[:, list(order)])
+    assert_same_bits(permuted[-1], packed[-1])
+    weights, scalars, count = packed[10 * n : -1], packed[7 * n : 8 * n], packed[:n]
+    smallest = scalars == scalars[count > 0].min() if (count > 0).any() else count == 0
+    smallest &= (count > 0) | (count == 0).all()
+    torch.testing.assert_close(weights, smallest.to(weights.dtype) / smallest.sum())
+    assert packed[-1] == scalars[smallest][0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_plain_calls_meet_alike_wherever_they_do(kernel, device, seed):
+    """One block or several, in a cluster or the grid: the same counts and extremes, the same sums to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    advantages = torch.randn((1, 2700, 3), generator=generator, dtype=torch.float64) * 2.0**seed
+    mask = torch.rand((1, 2700), generator=generator) < 0.5
+    log_ratio = torch.randn((1, 2700), generator=generator) * 0.3
+    whole = run(kernel, advantages, mask, log_ratio, 1, level="batch")[1].view(-1)
+    for capability in (8, 9):
+        device(capability, 228 * 1024)
+        more = torch.zeros((1, 700, 3), dtype=torch.float64)  # behind the mask, enough for another block
+        longer = torch.cat([advantages, more], 1), torch.cat([mask, torch.zeros(1, 700, dtype=torch.bool)], 1)
+        _, packed, blocks = run(kernel, *longer, torch.cat([log_ratio, torch.zeros(1, 700)], 1), 1, level="batch")
+        assert blocks == 2
+        torch.testing.assert_close(packed, whole, rtol=1e-13, atol=1e-13)
+        for k in (0, 3, 4, 5, 6, 8, 9):  # count, min, max, shares, nonfinite, dead
+            assert_same_bits(packed[3 * k : 3 * k + 3], whole[3 * k : 3 * k + 3])
+
+
 def test_what_is_left_to_the_general_kernel(kernel):
     """A byte more than what fits on the chip, or anything unusual, gives other blocks and the same result."""
     for shape, options in (((4, 600, 3), {"nan": "propagate"}), ((4, 600, 3), {"noon": False}),
@@ -388,7 +430,7 @@ def test_pools_of_every_size(kernel, n, size):
     [
         ("scan.cuh", "void merge_slices() {\n    ", {"in_place": True}),
         ("block.cuh", "number_groups(group, count);\n    ", {"normalize": Normalize(by="group", group_size=8)}),
-        ("block.cuh", "measure_groups(group, count);\n    ", {"normalize": Normalize(by="group", group_size=8)}),
+        ("scan.cuh", "% lanes, lanes);\n    }\n    ", {"normalize": Normalize(by="group", group_size=8)}),
         ("direct.cuh", "keep(look());\n    ", {}),
         ("direct.cuh", "keep_spread(spread(centre()));\n    ", {}),
     ],
@@ -484,6 +526,22 @@ def test_groups_measured_on_the_way_and_all_else(kernel, dtype, options):
     digits = max(1e-4, 16 * torch.finfo(dtype).eps)
     torch.testing.assert_close(got.double(), expected, rtol=digits, atol=digits)
     torch.testing.assert_close(packed.double(), exact, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("scale", [1e20, 1.0, 1e-25])
+def test_groups_measured_on_the_way_are_measured_as_before(kernel, scale):
+    """Squares that float32 cannot hold: by size, in a tile, and by ids, in a launch of its own."""
+    advantages, mask, log_ratio = problem((16, 4, 2))
+    advantages = advantages.nan_to_num(0.5, 0.5, 0.5) * scale
+    results = []
+    for groups, launches in (({"group_size": 4}, 1), ({"group_ids": torch.arange(16) // 4}, 4)):
+        normalize = Normalize(by="group", eps=0.0, **groups)
+        options = {"level": "batch", "solver": "fixed", "noon": False, "normalize": normalize}
+        results.append(run(kernel, advantages, mask, log_ratio, 1, **options))
+        assert kernel.launches() == launches
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=1e-6)
+    assert results[0][0].isfinite().all()
+    assert results[0][0].abs().amax() > 0.5
 
 
 @hypothesis.settings(max_examples=60)

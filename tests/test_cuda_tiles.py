@@ -144,6 +144,23 @@ def test_groups_of_one_size(size, tokens, n, level):
         compare(x, options, level=level, normalize=normalize)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 4000, 70_000])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8], ids=str)
+def test_groups_by_ids_in_any_order(dtype, rows):
+    """Sorted on the device, negative ones too; groups have one row and many."""
+    g = torch.Generator().manual_seed(rows)
+    ids = torch.randint(-100, 100, (rows,), generator=g).to(dtype)
+    if dtype == torch.int64:
+        ids = ids * 2**55 + torch.randint(0, max(1, rows // 700), (rows,), generator=g)
+    x = torch.randn(rows, 3, generator=g)
+    options = {"noon": False, "solver": "fixed"}
+    expected = combine(x, normalize=Normalize(by="group", group_ids=ids), **options)
+    by_ids = Normalize(by="group", group_ids=ids.to(CUDA))
+    assert_like(combine(x.to(CUDA), normalize=by_ids, **options), expected)
+    again = combine(x.to(CUDA), normalize=by_ids, **options)
+    assert_same_result(again, combine(x.to(CUDA), normalize=by_ids, **options))
+
+
 @pytest.mark.parametrize("level", ["batch", "sequence"])
 @pytest.mark.parametrize("elements", list(ELEMENTS.values())[:-1], ids=list(ELEMENTS)[:-1])
 def test_gram_matrices(elements, level):

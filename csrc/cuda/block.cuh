@@ -53,7 +53,6 @@ class Block : Scanner<typename Storage<S>::Compute> {
     __syncthreads();
     if (!p.measures || !gates) return;
     this->measure_groups(group, count);
-    __syncthreads();
   }
 
   // The batch, of which every block has a share, or rows or groups, of which those of an equal, small size are taken

@@ -237,16 +237,25 @@ class Scanner {
     __syncthreads();
   }
 
-  // Statistics of each pool of `size` tokens and each objective, in part[pool, n]: by as many lanes of a warp as are
-  // worth it.
-  __device__ __forceinline__ void scan_pools(int count, int size) {
+  // f(unit, i, begin, end, lane, lanes) for each pool of `size` tokens of a tile and each objective i, as unit pool * n
+  // + i, by as many lanes of a warp as are worth it: of its tokens from begin to end. Lanes that have no unit come too,
+  // with no tokens.
+  template <class F>
+  __device__ __forceinline__ void for_pools(int count, int size, F f) const {
     int lanes = 1;
     while (lanes < 32 && lanes * 2 < size) lanes *= 2;
     const int units = count / size * p.n, warp = threadIdx.x / 32, each = 32 / lanes;
-    const int lane = threadIdx.x % lanes;
     for (int base = warp * each; base < units; base += kWarps * each) {
-      const int unit = base + threadIdx.x % 32 / lanes, i = unit % p.n;
+      const int unit = base + threadIdx.x % 32 / lanes;
       const int begin = unit < units ? unit / p.n * size : 0, end = unit < units ? begin + size : 0;
+      f(unit, unit % p.n, begin, end, threadIdx.x % lanes, lanes);
+    }
+    __syncthreads();
+  }
+
+  // Statistics of each pool of `size` tokens and each objective, in part[pool, n].
+  __device__ __forceinline__ void scan_pools(int count, int size) {
+    for_pools(count, size, [&](int unit, int i, int begin, int end, int lane, int lanes) {
       const C* x = tile.x + i * tile.stride;
       Sums<C> sums;
       for (int k = begin + lane; k < end; k += lanes) sums.see(x[k], has(tile.flags[k], kValidFlag));
@@ -256,9 +265,8 @@ class Scanner {
         sums.template add<false>(x[k], entry(i, k));
       }
       sums.meet(lanes);
-      if (lane == 0 && unit < units) shared.part[unit] = sums.moments();
-    }
-    __syncthreads();
+      if (lane == 0 && begin < end) shared.part[unit] = sums.moments();
+    });
   }
 
   // The groups of the tokens of a tile, of equal size, the first of which is `group`.
@@ -267,22 +275,14 @@ class Scanner {
     for (int k = threadIdx.x; k < count; k += kThreads) tile.pool[k] = static_cast<int>(group) + k / size;
   }
 
-  // Their maps, as scan_pools() goes about it.
+  // Their maps.
   __device__ __forceinline__ void measure_groups(int64_t group, int count) {
-    const int size = static_cast<int>(p.group_tokens());
-    int lanes = 1;
-    while (lanes < 32 && lanes * 2 < size) lanes *= 2;
-    const int units = count / size * p.n, warp = threadIdx.x / 32, each = 32 / lanes;
-    const int lane = threadIdx.x % lanes;
-    for (int base = warp * each; base < units; base += kWarps * each) {
-      const int unit = base + threadIdx.x % 32 / lanes, i = unit % p.n;
-      const int begin = unit < units ? unit / p.n * size : 0, end = unit < units ? begin + size : 0;
+    for_pools(count, static_cast<int>(p.group_tokens()), [&](int unit, int i, int begin, int end, int lane, int lanes) {
       const C* x = tile.x + i * tile.stride;
       Sums<C> sums;
       for (int k = begin + lane; k < end; k += lanes) sums.see(x[k], has(tile.flags[k], kValidFlag));
       sums.find_centre(lanes);
-      Moments m = Moments::empty();
-      double drift = 0.0, squares = 0.0;  // as a division by their root follows, of any size
+      double drift = 0.0, squares = 0.0;  // in double, as a division by their root follows: of any size
       for (int k = begin + lane; k < end; k += lanes) {
         const bool valid = has(tile.flags[k], kValidFlag);
         sums.valid += valid;
@@ -296,7 +296,8 @@ class Scanner {
       sums.meet(lanes);
       drift = warp_sum(drift, lanes);
       squares = warp_sum(squares, lanes);
-      if (lane != 0 || unit >= units) continue;
+      if (lane != 0 || begin == end) return;
+      Moments m = Moments::empty();
       m.count = sums.usable;
       m.nonfinite = sums.valid - sums.usable;
       m.min = static_cast<double>(sums.low);
@@ -306,7 +307,7 @@ class Scanner {
       Maps<C>(static_cast<C*>(p.affine), p.n * p.groups)
           .set(i * p.groups + group + unit / p.n, affine<C>(p.normalize.each, moments));
       if (is_dead(p.normalize.each, moments)) atomicAdd(shared.dead + i, 1ull);
-    }
+    });
   }
 
   __device__ __forceinline__ void clear_gram() {
