@@ -56,7 +56,7 @@ constexpr ShapeRow kDirectShapes[] = {
     {65536, 8192, kClusterBlocks, Meeting::kCluster},
     {INT64_MAX, 4096, INT32_MAX, Meeting::kGrid},
 };
-constexpr int64_t kDirectBytes = 192 * 1024;
+constexpr int64_t kDirectBytes = 192 * 1024;  // so that the second-level cache holds all
 constexpr int kDirectMost = 16;  // objectives of several blocks: a load of 32 entries touches as many cache lines
 
 template <class S, Kind kKind>

@@ -1,6 +1,7 @@
 // The kernel of plain calls at level batch that fit on the chip: no tile, a warp to each slice of each objective, which
-// loads what it needs itself, a second and a third time from the first-level cache. A call of a few hundred numbers
-// takes as long as its longest chain of instructions, so this one is short.
+// loads what it needs itself, a second and a third time from a cache: the first if one block does all, the second
+// where blocks have met, as that empties the first. A call of a few hundred numbers takes as long as its longest chain
+// of instructions, so this one is short.
 #pragma once
 
 #include "launch.h"
@@ -11,9 +12,10 @@
 namespace pama {
 
 constexpr int kDirectWarps = 32;   // of a block; as many objectives at most: where all meet, a lane has one of them
-constexpr int kDirectSlices = 8;   // of an objective in a block: whoever needs the whole adds them up
+constexpr int kDirectSlices = 16;  // of an objective in a block: whoever needs the whole adds them up
 constexpr int kDirectSlice = 128;  // tokens that are worth a warp
-constexpr int kDirectLoads = 4;    // of a lane, from each tensor, under way
+template <class S>
+constexpr int kDirectLoads = sizeof(S) == 8 ? 2 : 4;  // of a lane, from each tensor, under way
 
 // What a warp has found in its slice of an objective, or all slices of a block, or all blocks.
 template <class C>
@@ -76,6 +78,7 @@ struct Published {
 template <class S>
 class Direct {
   using C = typename Storage<S>::Compute;
+  static constexpr int kLoads = kDirectLoads<S>;
 
  public:
   __device__ __forceinline__ Direct(const CombineParams& params, DirectShared<C>& memory)
@@ -148,24 +151,24 @@ class Direct {
     const S* x = reinterpret_cast<const S*>(q.data) + begin * q.col;
     const int apart = static_cast<int>(q.col);
 #pragma unroll 1
-    for (int k = first; k < tokens; k += kDirectLoads * step) {
-      S raw[kDirectLoads];
-      bool valid[kDirectLoads];
-      float log_u[kDirectLoads];
-      int at[kDirectLoads];
+    for (int k = first; k < tokens; k += kLoads * step) {
+      S raw[kLoads];
+      bool valid[kLoads];
+      float log_u[kLoads];
+      int at[kLoads];
 #pragma unroll
-      for (int d = 0; d < kDirectLoads; ++d) {
+      for (int d = 0; d < kLoads; ++d) {
         valid[d] = k + d * step < tokens;
         at[d] = min(k + d * step, tokens - 1);
         raw[d] = x[at[d] * apart];
         log_u[d] = -HUGE_VALF;
       }
 #pragma unroll
-      for (int d = 0; d < kDirectLoads && kGates && log_ratio; ++d) log_u[d] = log_ratio[at[d]];
+      for (int d = 0; d < kLoads && kGates && log_ratio; ++d) log_u[d] = log_ratio[at[d]];
 #pragma unroll
-      for (int d = 0; d < kDirectLoads && mask; ++d) valid[d] &= mask[at[d]] != 0;
+      for (int d = 0; d < kLoads && mask; ++d) valid[d] &= mask[at[d]] != 0;
 #pragma unroll
-      for (int d = 0; d < kDirectLoads; ++d) each(Storage<S>::load(raw[d]), valid[d], log_u[d] <= p.gate_high);
+      for (int d = 0; d < kLoads; ++d) each(Storage<S>::load(raw[d]), valid[d], log_u[d] <= p.gate_high);
     }
   }
 
@@ -251,15 +254,17 @@ class Direct {
   // By one warp of each block. The last block to do so finds what all the others have published.
   __device__ __forceinline__ void publish_spread(const Found<C>& f) {
     volatile C* to = published.spread + 2 * (static_cast<int>(blockIdx.x) * p.n + lane);
-    if (lane < p.n) to[0] = f.drift, to[1] = f.squares;
-    __threadfence();
+    if (lane < p.n) {
+      to[0] = f.drift;
+      to[1] = f.squares;
+    }
     __syncwarp();
-    if (lane == 0) shared.last = atomicAdd(published.count, 1u) + 1 == gridDim.x;
-    __threadfence();
+    if (lane == 0) shared.last = count_in(published.count) == gridDim.x;
   }
 
   // As gather().
   __device__ __forceinline__ Spread gather_spread() const {
+    __threadfence();
     Spread s;
 #pragma unroll 1
     for (int b = first; b < static_cast<int>(gridDim.x); b += step) {
@@ -314,24 +319,40 @@ class Direct {
     for (int k = 0; k <= kStatistics; ++k) packed[k * p.n + lane] = column[k];
   }
 
-  // The combination, a thread to a token.
+  // The combination, a thread to a token, loads of some at once.
   __device__ __forceinline__ void combine(C weight) const {
     const unsigned weighted = __ballot_sync(0xffffffffu, weight != C{0});
+    const int threads = static_cast<int>(blockDim.x);
 #pragma unroll 1
-    for (int base = static_cast<int>(threadIdx.x) - lane; base < tokens; base += static_cast<int>(blockDim.x)) {
-      const int k = base + lane;
-      const bool valid = k < tokens && (!mask || mask[k] != 0);
-      C combined{0};
+    for (int base = static_cast<int>(threadIdx.x) - lane; base < tokens; base += kLoads * threads) {
+      int at[kLoads];
+      bool valid[kLoads];
+      C combined[kLoads];
+#pragma unroll
+      for (int d = 0; d < kLoads; ++d) {
+        at[d] = min(base + lane + d * threads, tokens - 1);
+        valid[d] = !mask || mask[at[d]] != 0;
+        combined[d] = C{0};
+      }
+#pragma unroll 1
       for (unsigned left = weighted; left != 0; left &= left - 1) {
         const int i = __ffs(static_cast<int>(left)) - 1;
         const C share = __shfl_sync(0xffffffffu, weight, i);
-        if (!valid) continue;
         const Plane& q = p.advantages[i];
         const S* x = reinterpret_cast<const S*>(q.data) + begin * q.col;
-        const Entry<C> e = plain_entry(Storage<S>::load(x[k * static_cast<int>(q.col)]), true, true);
-        if (e.taken) combined += share * e.advantage;
+        S raw[kLoads];
+#pragma unroll
+        for (int d = 0; d < kLoads; ++d) raw[d] = x[at[d] * static_cast<int>(q.col)];
+#pragma unroll
+        for (int d = 0; d < kLoads; ++d) {
+          const Entry<C> e = plain_entry(Storage<S>::load(raw[d]), valid[d], true);
+          if (e.taken) combined[d] += share * e.advantage;
+        }
       }
-      if (k < tokens) reinterpret_cast<S*>(p.out.data)[(begin + k) * p.out.col] = Storage<S>::store(combined);
+#pragma unroll
+      for (int d = 0; d < kLoads; ++d)
+        if (base + lane + d * threads < tokens)
+          reinterpret_cast<S*>(p.out.data)[(begin + at[d]) * p.out.col] = Storage<S>::store(combined[d]);
     }
   }
 

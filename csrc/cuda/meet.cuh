@@ -31,4 +31,16 @@ __device__ __forceinline__ void wait_for_all(Meeting meeting) {
   }
 }
 
+// Counts this block in, by one thread of a warp whose writes are then seen by whoever has counted it; how many have
+// been.
+__device__ __forceinline__ unsigned count_in(unsigned* count) {
+#ifdef __CUDA_ARCH__  // unlike __threadfence(), it leaves the first-level cache as it is
+  unsigned before;
+  asm volatile("atom.add.release.gpu.u32 %0, [%1], 1;" : "=r"(before) : "l"(count) : "memory");
+  return before + 1;
+#else
+  return atomicAdd(count, 1u) + 1;
+#endif
+}
+
 }  // namespace pama
