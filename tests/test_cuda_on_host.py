@@ -107,7 +107,8 @@ def packed_reference(advantages, mask, log_ratio, in_place=False, **options):
 
 def assert_results(actual, advantages, mask, log_ratio, **options):
     """Combined advantages and packed results against float64; sums round by the size of what is summed."""
-    largest = advantages[mask][advantages[mask].isfinite().all(-1)].abs().amax() if mask.any() else torch.zeros(())
+    finite = advantages[mask][advantages[mask].isfinite()].abs()
+    largest = finite.amax() if finite.numel() else torch.zeros(())
     exact = packed_reference(advantages.double(), mask, log_ratio, **options)
     eager = packed_reference(advantages, mask, log_ratio, **options)
     for ours, truth, same_dtype, what in zip(actual, exact, eager, ("advantages", "packed"), strict=True):
@@ -299,6 +300,72 @@ def test_plain_calls_meet_alike_wherever_they_do(kernel, device, seed):
         torch.testing.assert_close(packed, whole, rtol=1e-13, atol=1e-13)
         for k in (0, 3, 4, 5, 6, 8, 9):  # count, min, max, shares, nonfinite, dead
             assert_same_bits(packed[3 * k : 3 * k + 3], whole[3 * k : 3 * k + 3])
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_plain_calls_of_several_blocks_and_all_they_may_ask_for(kernel, first, offset):
+    """Without mask or log_ratio, with an objective that is never active, and with weights that are given."""
+    advantages, mask, log_ratio = problem((5, 701, 3))
+    advantages = advantages.nan_to_num(0.5, 0.5, 0.5)
+    advantages[..., 1] = -advantages[..., 1].abs()
+    everywhere, nowhere = torch.ones_like(mask), torch.zeros_like(log_ratio)
+    for given_mask, given_ratio in ((mask, log_ratio), (None, log_ratio), (mask, None), (None, None)):
+        for options in ({}, {"skip_inactive": True}, {"solver": "fixed", "reward_weights": [0.0, 2.0, -1.0]}):
+            got, packed, blocks = run(
+                kernel, advantages, given_mask, given_ratio, 7, level="batch", first=first, offset=offset, **options
+            )
+            assert blocks == 2
+            assert kernel.launches() == 1
+            assert packed.isfinite().all()
+            assert_results(
+                (got, packed),
+                advantages,
+                everywhere if given_mask is None else mask,
+                nowhere if given_ratio is None else log_ratio,
+                level="batch",
+                **options,
+            )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_as_much_as_the_chip_holds(kernel, dtype):
+    """192 KB for each of two blocks go to the kernel of plain calls, and a token more to the general one, with four."""
+    n, budget = 3, 2 * 192 * 1024
+    most = budget // (n * dtype.itemsize + 1 + 4)  # with a byte of mask and a float of log_ratio
+    for tokens, expected in ((most, 2), (most + 1, 4)):
+        inputs = problem((1, tokens, n), dtype)
+        got, packed, blocks = run(kernel, *inputs, 1, level="batch")
+        assert blocks == expected
+        assert_results((got, packed), *inputs, level="batch")
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("valid", ["none", "one", "one of an objective", "the last block's"])
+def test_plain_calls_with_little_to_see(kernel, n, valid):
+    """Blocks without a valid entry, and objectives without one, take no part; std of one entry is 0."""
+    advantages, mask, log_ratio = problem((1, 11000 // n, n))
+    advantages = advantages.nan_to_num(0.5, 0.5, 0.5).abs() + 0.1
+    mask[:] = False
+    if valid == "one":
+        mask[0, 5] = True
+    if valid == "one of an objective":
+        mask[0, 5] = True
+        advantages[0, 5, 0] = torch.nan
+    if valid == "the last block's":
+        mask[0, -100:] = True
+    for options in ({}, {"skip_inactive": True}, {"solver": "fixed"}):
+        got, packed, blocks = run(kernel, advantages, mask, log_ratio, 7, level="batch", **options)
+        assert blocks == 2
+        assert packed.isfinite().all()
+        assert torch.equal(packed[:n], (mask[..., None] & advantages.isfinite()).sum((0, 1)).float())
+        if valid != "the last block's":
+            assert torch.equal(packed[2 * n : 3 * n], torch.zeros(n))
+        if mask.any() and (packed[:n] > 0).any():
+            assert_results((got, packed), advantages, mask, log_ratio, level="batch", **options)
+        else:
+            assert torch.equal(packed[10 * n : 11 * n], torch.full((n,), 1 / n))
+            assert torch.equal(got, torch.zeros_like(got))
 
 
 def test_what_is_left_to_the_general_kernel(kernel):

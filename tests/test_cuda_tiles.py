@@ -128,6 +128,63 @@ def test_plain_calls(n, dtype):
         assert_like(result, combine(x, **options))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 16, 17])
+def test_plain_calls_of_several_blocks(n, dtype):
+    """Clusters of two to eight, grids of few and of all multiprocessors, what just fits on the chip and does not."""
+    chip = torch.cuda.get_device_properties(CUDA).multi_processor_count * 192 * 1024
+    fits = chip // (n * dtype.itemsize + 5)
+    for tokens in (8193 // n + 1, 40_000 // n, 65536 // n, 65536 // n + 1, 300_000 // n, fits, fits + 1):
+        x, options = problem((1, tokens, n), dtype, seed=tokens)
+        result = combine(x.to(CUDA), **moved(options, CUDA))
+        assert_like(result, combine(x, **options))
+
+
+@pytest.mark.parametrize("elements", ["few", "cluster", "grid", "resident"])
+def test_the_last_block_sees_all_others(elements):
+    """Their spread: the same bits in 500 calls, one behind the other and beside other work."""
+    x, options = problem((8, ELEMENTS[elements] // 24, 3), seed=3)
+    expected = combine(x, **options)
+    x, options = x.to(CUDA), moved(options, CUDA)
+    first = combine(x, **options)
+    assert_like(first, expected)
+    side, other = torch.cuda.Stream(), torch.randn(2048, 2048, device=CUDA)
+    side.wait_stream(torch.cuda.current_stream())
+    different = torch.zeros((), dtype=torch.int64, device=CUDA)
+    for k in range(500):
+        if k % 10 == 0:
+            with torch.cuda.stream(side):
+                other = other @ other.T / 2048
+        result = combine(x, **options)
+        different += (result.stats.std != first.stats.std).any()
+        different += (result.advantages != first.advantages).any()
+    assert different.item() == 0
+
+
+@pytest.mark.parametrize("layout", ["objectives first", "a list", "rows apart", "out apart", "expanded", "reversed"])
+def test_plain_calls_in_every_layout(layout):
+    """One step from token to token, whatever it is; what has more than one goes another way."""
+    for shape in ((3, 40, 4), (5, 3001, 4)):
+        x, options = problem(shape)
+        there, expected = x.to(CUDA), None
+        options_there = moved(options, CUDA)
+        if layout == "objectives first":
+            there = there.movedim(-1, 0).contiguous().movedim(0, -1)
+        if layout == "a list":
+            there = [one.contiguous() for one in there.unbind(-1)]
+        if layout == "rows apart":
+            there = torch.cat([there, there], 1)[:, : shape[1]]
+        if layout == "out apart":
+            options_there["out"] = torch.empty((*shape[:-1], 3), device=CUDA)[..., 1]
+        if layout == "expanded":
+            x = x[:1].expand(shape)
+            there = there[:1].expand(shape)
+        if layout == "reversed":
+            there = there.flip(-1).unbind(-1)[::-1]
+        expected = combine(x, **options)
+        assert_like(combine(there, **options_there), expected)
+
+
 @pytest.mark.parametrize("level", [*LEVELS, "group"])
 @pytest.mark.parametrize("n", [1, 5, 20])
 @pytest.mark.parametrize(
