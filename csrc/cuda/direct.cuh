@@ -108,8 +108,7 @@ class Direct {
     }
     keep_spread(spread(centre()));
     __syncthreads();
-    Found<C> total;  // of lane i: of objective i
-    if (lane < p.n) total = all_slices(lane);
+    const Found<C> total = mine();
     C value;
     const C weight = solve(total, value);
     if (writes && alone) write(total, weight, value);
@@ -119,8 +118,7 @@ class Direct {
       __syncthreads();
       if (shared.last) keep_spread(gather_spread());
       __syncthreads();
-      if (shared.last && lane < p.n) total = all_slices(lane);
-      if (shared.last && writes) write(total, weight, value);
+      if (shared.last && writes) write(mine(), weight, value);
     }
     // Nobody leaves while its shared memory may be read.
     if (p.meeting == Meeting::kCluster) cluster().barrier_wait();
@@ -196,6 +194,13 @@ class Direct {
     Found<C> f = shared.slice[i * p.tile_slices];
 #pragma unroll 1
     for (int s = 1; s < p.tile_slices; ++s) f.add(shared.slice[i * p.tile_slices + s]);
+    return f;
+  }
+
+  // Of lane i: of objective i.
+  __device__ __forceinline__ Found<C> mine() const {
+    Found<C> f;
+    if (lane < p.n) f = all_slices(lane);
     return f;
   }
 
@@ -302,21 +307,19 @@ class Direct {
     const C inf = static_cast<C>(HUGE_VAL), count = static_cast<C>(f.usable);
     const C divisor = f.usable > 0 ? count : C{1}, shift = f.drift / divisor;
     const C m2 = f.squares == inf ? inf : static_cast<C>(fmax(C{0}, f.squares - f.drift * shift));
-    const C column[kStatistics + 1] = {
-        count,
-        centre_of(f.sum, f.usable) + shift,
-        f.usable > 1 ? static_cast<C>(sqrt(m2 / (count - C{1}))) : C{0},
-        f.usable > 0 ? f.low : C{0},
-        f.usable > 0 ? f.high : C{0},
-        static_cast<C>(f.positive) / divisor,
-        static_cast<C>(f.clipped) / static_cast<C>(f.positive > 0 ? f.positive : 1),
-        f.active / divisor,
-        static_cast<C>(f.valid - f.usable),
-        C{0},
-        weight,
-    };
-#pragma unroll
-    for (int k = 0; k <= kStatistics; ++k) packed[k * p.n + lane] = column[k];
+    packed += lane;  // row by row in the order of ObjectiveStats, then the weights
+    const auto put = [&](int k, C x) { packed[k * p.n] = x; };
+    put(0, count);
+    put(1, centre_of(f.sum, f.usable) + shift);
+    put(2, f.usable > 1 ? static_cast<C>(sqrt(m2 / (count - C{1}))) : C{0});
+    put(3, f.usable > 0 ? f.low : C{0});
+    put(4, f.usable > 0 ? f.high : C{0});
+    put(5, static_cast<C>(f.positive) / divisor);
+    put(6, static_cast<C>(f.clipped) / static_cast<C>(f.positive > 0 ? f.positive : 1));
+    put(7, f.active / divisor);
+    put(8, static_cast<C>(f.valid - f.usable));
+    put(9, C{0});
+    put(kStatistics, weight);
   }
 
   // The combination, a thread to a token, loads of some at once.
