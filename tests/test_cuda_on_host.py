@@ -337,6 +337,8 @@ def test_as_much_as_the_chip_holds(kernel, dtype):
         inputs = problem((1, tokens, n), dtype)
         got, packed, blocks = run(kernel, *inputs, 1, level="batch")
         assert blocks == expected
+        assert kernel.launches() == 1
+        assert packed[:n].tolist() == (inputs[0].isfinite() & inputs[1][..., None]).sum((0, 1)).tolist()
         assert_results((got, packed), *inputs, level="batch")
 
 

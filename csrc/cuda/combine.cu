@@ -1,6 +1,5 @@
 // launch_combine_cuda: one launch per call, at every level and size; what Normalize asks for comes in launches of its
-// own before and after it (cuda/normalize.cu), except for groups of one size of which tiles hold whole
-// ones: those are measured there.
+// own before and after it (cuda/normalize.cu), unless groups have one size and tiles hold whole ones.
 //
 // Tokens are dealt to blocks in equal runs, and a block takes its run a tile at a time (cuda/tile.cuh); pools (rows,
 // groups) are dealt round robin, small ones several to a tile. In a tile, a warp takes a slice of the tokens of some
