@@ -93,7 +93,7 @@ class Direct {
         lane(static_cast<int>(threadIdx.x) % 32),
         step(32 * params.tile_slices),
         first(static_cast<int>(threadIdx.x) & (step - 1)),  // a power of two
-        objective(static_cast<int>(threadIdx.x) >> (__ffs(step) - 1)) {}
+        objective(this_over(step)) {}
 
   __device__ __forceinline__ void run() {
     const bool alone = gridDim.x == 1, writes = threadIdx.x + 32 >= blockDim.x;
@@ -133,6 +133,11 @@ class Direct {
       squares = warp_sum(squares);
     }
   };
+
+  // This thread's number over a power of two.
+  static __device__ __forceinline__ int this_over(int power) {
+    return static_cast<int>(threadIdx.x) >> (__ffs(power) - 1);
+  }
 
   // Of this warp, where the others look for it.
   __device__ __forceinline__ void keep(const Found<C>& f) const {
