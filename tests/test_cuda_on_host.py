@@ -328,6 +328,19 @@ def test_plain_calls_of_several_blocks_and_all_they_may_ask_for(kernel, first, o
             )
 
 
+@pytest.mark.parametrize("tokens", [60, 4000])
+def test_fixed_weights_beyond_float32(kernel, tokens):
+    """s* is their sum in double: an objective whose scalar is 0 adds 0 to it, whatever its weight."""
+    advantages, mask, log_ratio = problem((1, tokens, 3))
+    advantages = advantages.nan_to_num(0.5, 0.5, 0.5)
+    advantages[..., 0] = -1.0
+    _, packed, _ = run(kernel, advantages, mask, log_ratio, 1, level="batch", solver="fixed",
+                       reward_weights=[1e39, 2.0, 3.0])  # fmt: skip
+    scalars = packed[7 * 3 : 8 * 3]
+    assert scalars[0] == 0
+    torch.testing.assert_close(packed[-1], 2 * scalars[1] + 3 * scalars[2])
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_much_as_the_chip_holds(kernel, dtype):
     """192 KB for each of two blocks go to the kernel of plain calls, and a token more to the general one, with four."""

@@ -166,7 +166,7 @@ def test_plain_calls_in_every_layout(layout):
     """One step from token to token, whatever it is; what has more than one goes another way."""
     for shape in ((3, 40, 4), (5, 3001, 4)):
         x, options = problem(shape)
-        there, expected = x.to(CUDA), None
+        there = x.to(CUDA)
         options_there = moved(options, CUDA)
         if layout == "objectives first":
             there = there.movedim(-1, 0).contiguous().movedim(0, -1)

@@ -109,10 +109,15 @@ Meeting meeting_of(const CombineParams& p, int64_t blocks, const ShapeRow (&tabl
   return clusters && shape_of(p, table).meeting == Meeting::kCluster ? Meeting::kCluster : Meeting::kGrid;
 }
 
-int blocks_for(const CombineParams& p) {
-  const ShapeRow& row = shape_of(p, kShapes);
+// As many as the table says, however many reside.
+int64_t wanted_blocks(const CombineParams& p, const ShapeRow (&table)[3]) {
+  const ShapeRow& row = shape_of(p, table);
   const int64_t share = (p.tokens() * p.n + row.elements_per_block - 1) / row.elements_per_block;
-  const int64_t wanted = std::min<int64_t>(has_pools(p) ? std::min(share, p.pools()) : share, row.most_blocks);
+  return std::min<int64_t>(has_pools(p) ? std::min(share, p.pools()) : share, row.most_blocks);
+}
+
+int blocks_for(const CombineParams& p) {
+  const int64_t wanted = wanted_blocks(p, kShapes);
   if (wanted <= 1) return 1;
   return with_kernel(p, [&](auto s, auto kind) {
     using S = decltype(s);
@@ -152,9 +157,7 @@ void plan_entries(CombineParams& p) {
 }
 
 int64_t direct_blocks(const CombineParams& p) {
-  const ShapeRow& row = shape_of(p, kDirectShapes);
-  const int64_t share = (p.tokens() * p.n + row.elements_per_block - 1) / row.elements_per_block;
-  const int64_t wanted = std::min<int64_t>(share, row.most_blocks);
+  const int64_t wanted = wanted_blocks(p, kDirectShapes);
   if (wanted <= 1) return 1;
   return with_dtype(p.dtype, [&](auto s) {
     constexpr auto kKernel = combine_direct_kernel<decltype(s)>;
