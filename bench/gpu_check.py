@@ -33,6 +33,12 @@ WHOLE_S = 510  # all stages together
 TAIL_LINES = 80  # kept of a stage that failed
 BENCH_S = 1.0  # for one view of one workload: with nobody else on the machine, times hardly vary
 NOT_FOUND = 127  # as a shell says it
+HANGS_S = 120  # a test that takes longer waits for a kernel that never ends: its process tells where, and ends
+
+
+def ends_when_hanging(seconds: float) -> tuple[str, ...]:
+    """Options of pytest: a process that is stuck in a test so long shows where, and exits; xdist starts another."""
+    return ("-o", f"faulthandler_timeout={seconds}", "-o", "faulthandler_exit_on_timeout=true")
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class Stage:
 def stages(out: Path, commit: str = "") -> dict[str, Stage]:
     """All stages by name, in the order they run; what is measured is written to ``out``."""
     python = sys.executable
-    pytest = (python, "-m", "pytest", "-q", "-ra", "--tb=short", "tests")
+    pytest = (python, "-m", "pytest", "-q", "-ra", "--tb=short", *ends_when_hanging(HANGS_S), "tests")
     required = {"PAMA_EXT_REQUIRE_CUDA": "1"}
     if importlib.util.find_spec("xdist"):  # many processes of one thread, with some cores left for the sanitizers
         pytest += ("-n", str(max(1, (os.cpu_count() or 1) - 4)), "--dist", "worksteal")

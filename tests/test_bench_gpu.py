@@ -51,6 +51,15 @@ def test_gpu_check_records_what_failed(tmp_path, monkeypatch, capsys):
     assert gpu_check.main([*arguments, "good"]) == 0
 
 
+def test_a_test_that_hangs_is_named(tmp_path):
+    """As one does whose kernel never ends; the others need their time on the device."""
+    (tmp_path / "test_hangs.py").write_text("import time\n\n\ndef test_waits_for_ever():\n    time.sleep(60)\n")
+    command = (sys.executable, "-m", "pytest", "-q", *gpu_check.ends_when_hanging(1), str(tmp_path))
+    entry = gpu_check.run("tests", gpu_check.Stage(command, 60), 60)
+    assert entry["status"] != 0 and entry["seconds"] < 30
+    assert any("in test_waits_for_ever" in line for line in entry["output"])
+
+
 def test_suites_leave_their_records_beside_that_of_the_check(tmp_path, monkeypatch):
     write = "import sys; open(sys.argv[-1] + '/gae-cuda.json', 'w').write('[1]')"
 
