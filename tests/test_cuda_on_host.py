@@ -513,10 +513,11 @@ def test_pools_of_every_size(kernel, n, size):
         ("scan.cuh", "void merge_slices() {\n    ", {"in_place": True}),
         ("block.cuh", "number_groups(group, count);\n    ", {"normalize": Normalize(by="group", group_size=8)}),
         ("scan.cuh", "% lanes, lanes);\n    }\n    ", {"normalize": Normalize(by="group", group_size=8)}),
+        ("scan.cuh", "parts[e] = sum;\n    }\n    ", {"solver": "min_norm"}),
         ("direct.cuh", "keep(look());\n    ", {}),
         ("direct.cuh", "keep_spread(spread(centre()));\n    ", {}),
     ],
-    ids=["slices", "groups, before", "groups, after", "direct, first", "direct, second"],
+    ids=["slices", "groups, before", "groups, after", "Gram matrices", "direct, first", "direct, second"],
 )
 def test_a_missing_barrier_is_noticed(tmp_path, file, before, options):
     """The negative control: without the barrier before what warps have found is merged, the order of threads shows."""
@@ -709,3 +710,20 @@ def test_min_norm_computes_the_reference(kernel, skip_inactive, shape, level):
     if shape[1] > shape[2]:  # otherwise the minimum is not unique
         torch.testing.assert_close(first[0], expected, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(first[1], exact, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 11, 15, 16, 17, 33])
+def test_gram_matrices_of_several_blocks_meet(kernel, n):
+    """Several blocks to a thread, or one, or no thread for an entry of its own; the last block may have few tokens."""
+    advantages, mask, log_ratio = problem((5, 12_000 // n + 1, n), torch.float64)
+    options = {"level": "batch", "solver": "min_norm"}
+    first = None
+    for order in ORDERS:
+        out, packed, blocks = run(kernel, advantages, mask, log_ratio, order, **options)
+        assert blocks > 1
+        first = first or (out, packed)
+        assert_same_bits(packed, first[1])
+        assert_same_bits(out, first[0])
+    expected, exact = packed_reference(advantages, mask, log_ratio, **options)
+    torch.testing.assert_close(first[0], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(first[1], exact, rtol=1e-6, atol=1e-6)

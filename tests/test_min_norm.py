@@ -84,6 +84,21 @@ def test_a_permutation_permutes_it(x, random):
     torch.testing.assert_close(*norms, rtol=1e-7, atol=1e-7 * float(weights @ x.norm(dim=1)))
 
 
+@given(st.integers(3, 64), st.booleans(), st.integers(0, 2**20))  # two of one length cannot be told apart
+def test_a_permutation_of_linearly_independent_vectors_changes_no_bit(n, alike, seed):
+    """They are put in an order of their own first: by their lengths, and if those are alike by their products."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, n + 9, generator=generator, dtype=torch.float64) + 0.3
+    if alike:
+        x = x / x.norm(dim=1, keepdim=True)
+    gramian = x @ x.T
+    gramian = gramian.triu() + gramian.triu(1).T
+    if alike:
+        gramian.fill_diagonal_(1.0)
+    order = torch.randperm(n, generator=generator)
+    assert_same_bits(min_norm(gramian[order][:, order]), min_norm(gramian)[order])
+
+
 @given(vectors(most=12))
 def test_it_is_the_reference(x):
     gramian = x @ x.T

@@ -283,7 +283,7 @@ bool Guess::look(const CombineParams& p, const Moments* others, const Moments* h
     seen[i] = others[i];
     merge(seen[i], here[i]);
   }
-  solve(p, seen, nullptr, nullptr, now);
+  solve(p, seen, now);
   for (int i = 0; i < p.n; ++i) weighted += now[i] != 0.0;
   const bool clear = weighted == 1 || p.solver == Solver::kFixed;
   if (clear && holds(now, p.n)) return false;
@@ -295,9 +295,9 @@ bool Guess::look(const CombineParams& p, const Moments* others, const Moments* h
 bool Guess::holds(const double* of, int n) const { return from != kNone && std::equal(of, of + n, weights); }
 
 double solve_pool(const CombineParams& p, const Moments* moments, const double* gram, double* weights) {
-  if (p.solver != Solver::kMinNorm) return solve(p, moments, nullptr, nullptr, weights);
+  if (p.solver != Solver::kMinNorm) return solve(p, moments, weights);
   const std::unique_ptr<double[]> scratch(new double[min_norm_scratch(p.n)]);
-  return solve(p, moments, gram, scratch.get(), weights);
+  return solve_vectors(p, moments, gram, scratch.get(), weights);
 }
 
 void launch_combine_cpu(CombineParams& params, ParallelFor parallel_for) {

@@ -9,7 +9,7 @@ void launch_min_norm_cpu(const MinNormParams& params, ParallelFor parallel_for) 
   constexpr int64_t kOperations = 64 * 1024;  // of the order of 20 us: below, threads do not pay
   auto run = [](int64_t begin, int64_t end, void* opaque) {
     const MinNormParams& p = *static_cast<const MinNormParams*>(opaque);
-    const std::unique_ptr<double[]> scratch(new double[min_norm_scratch(p.n) + (p.n + 1) * p.n]);
+    const std::unique_ptr<double[]> scratch(new double[min_norm_problem(p.n)]);
     for (int64_t k = begin; k < end; ++k) solve_min_norm(p, k, scratch.get());
   };
   MinNormParams copy = params;

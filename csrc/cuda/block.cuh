@@ -171,17 +171,20 @@ class Block : Scanner<typename Storage<S>::Compute> {
     if (threadIdx.x < p.n) shared.total[threadIdx.x] = shared.part[threadIdx.x];
   }
 
-  // The weights of the pools of the tile, a thread to a pool, whose moments then join the total.
+  // The weights of the pools of the tile, a thread to a pool, or of the one that it has, for min-norm. The moments then
+  // join the total.
   __device__ __forceinline__ void solve_pools(int many) {
     const Moments* moments = solves_batch() ? met() : shared.part;
-    for (int e = threadIdx.x; e < many * p.n; e += kThreads) shared.weights[e] = moments[e].scalar();
-    __syncthreads();
-    const double* gram = kGram ? (solves_batch() ? this->merge_grams() : block_gram(p, blockIdx.x)) : nullptr;
-    double* scratch = kGram ? block_gram(p, blockIdx.x) + 2 * gram_size(p.n) : nullptr;
-    if (threadIdx.x < many) {
-      double* weights = shared.weights + threadIdx.x * p.n;
-      shared.values[threadIdx.x] = solve_scalars(p, moments + threadIdx.x * p.n, gram, scratch, weights);
-      for (int i = 0; i < p.n; ++i) shared.share[threadIdx.x * p.n + i] = static_cast<C>(weights[i]);
+    if (kGram) {
+      this->solve_gram(moments, solves_batch());
+    } else {
+      for (int e = threadIdx.x; e < many * p.n; e += kThreads) shared.weights[e] = moments[e].scalar();
+      __syncthreads();
+      if (threadIdx.x < many) {
+        double* weights = shared.weights + threadIdx.x * p.n;
+        shared.values[threadIdx.x] = solve_scalars(p, moments + threadIdx.x * p.n, weights);
+        for (int i = 0; i < p.n; ++i) shared.share[threadIdx.x * p.n + i] = static_cast<C>(weights[i]);
+      }
     }
     __syncthreads();
     if (solves_batch()) return write_totals();  // by few threads, while the others combine

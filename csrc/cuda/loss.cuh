@@ -6,6 +6,7 @@
 
 #include "launch.h"
 #include "pama/loss.h"
+#include "warp.cuh"
 
 namespace pama {
 
@@ -15,10 +16,6 @@ constexpr int kRunTokens = 2048;  // of a segment where rows do not count
 constexpr int kWarpRow = 256;     // up to this length a warp takes a row, else a block
 constexpr unsigned kAll = 0xffffffffu;
 
-__device__ inline double warp_sum(double x) {
-  for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(kAll, x, offset);
-  return x;
-}
 __device__ inline double warp_max(double x) {
   for (int offset = 16; offset > 0; offset /= 2) {
     const double other = __shfl_xor_sync(kAll, x, offset);

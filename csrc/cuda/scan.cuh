@@ -3,6 +3,7 @@
 
 #include "pama/solve.h"
 #include "tile.cuh"
+#include "warp.cuh"
 
 namespace pama {
 
@@ -24,8 +25,8 @@ template <class C>
 struct Shared {
   Moments part[kUnits];  // of a slice or a pool: [slice, n]
   Moments total[kMaxObjectives];
-  double weights[kUnits], values[kUnits];  // of a pool: [pool, n] and [pool]
-  double sums[kWarps][kMaxObjectives + 2];
+  double weights[kUnits], values[kUnits];   // of a pool: [pool, n] and [pool]
+  double sums[kWarps][kMaxObjectives + 2];  // of a warp; of a slice of the blocks, for an entry of the Gram matrix
   unsigned long long dead[kMaxObjectives];  // groups that give only 0, if they are measured here
   C scale[kMaxObjectives], share[kUnits];   // reward weights; the weights once more, as they are used
 };
@@ -39,18 +40,6 @@ __device__ inline double* block_sums(const CombineParams& p, int block) {
   return reinterpret_cast<double*>(block_moments(p, block) + p.n);
 }
 __device__ inline double* block_gram(const CombineParams& p, int block) { return block_sums(p, block) + p.n + 2; }
-
-template <class T>
-__device__ T warp_sum(T x, int lanes = 32) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
-  return x;
-}
-__device__ __forceinline__ unsigned warp_sum(unsigned x, int lanes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  if (lanes == 32) return __reduce_add_sync(0xffffffffu, x);
-#endif
-  return warp_sum<unsigned>(x, lanes);
-}
 
 template <class C>
 __device__ bool is_finite(C x) {
@@ -347,16 +336,37 @@ class Scanner {
     __syncthreads();
   }
 
-  // Every block's Gram matrix, summed in block order, behind that of the block that calls it.
+  // Every block's Gram matrix, summed behind that of the block that calls it: a slice of the blocks by each set of as
+  // many threads as it has entries, in block order, then the slices.
   __device__ __forceinline__ const double* merge_grams() {
-    double* total = block_gram(p, blockIdx.x) + gram_size(p.n);
-    for (int e = threadIdx.x; e < gram_size(p.n); e += kThreads) {
+    static_assert(kThreads <= kWarps * (kMaxObjectives + 2), "shared.sums has room for the slices");
+    const int size = static_cast<int>(gram_size(p.n)), slices = max(1, kThreads / size);
+    double *total = block_gram(p, blockIdx.x) + size, *parts = slices > 1 ? shared.sums[0] : total;
+    for (int e = threadIdx.x; e < slices * size; e += kThreads) {
       double sum = 0.0;
-      for (int b = 0; b < gridDim.x; ++b) sum += block_gram(p, b)[e];
-      total[e] = sum;
+#pragma unroll 8
+      for (int b = e / size; b < gridDim.x; b += slices) sum += block_gram(p, b)[e % size];
+      parts[e] = sum;
+    }
+    __syncthreads();
+    if (slices == 1) return total;
+    if (threadIdx.x < size) {
+      double sum = 0.0;
+      for (int s = 0; s < slices; ++s) sum += parts[s * size + threadIdx.x];
+      total[threadIdx.x] = sum;
     }
     __syncthreads();
     return total;
+  }
+
+  // The min-norm weights of one pool, by the first warp, from the Gram matrix of the block or of all.
+  __device__ __forceinline__ void solve_gram(const Moments* moments, bool of_all) {
+    const double* gram = of_all ? merge_grams() : block_gram(p, blockIdx.x);
+    if (threadIdx.x >= 32) return;
+    double* scratch = block_gram(p, blockIdx.x) + 2 * gram_size(p.n);
+    const double value = solve_vectors(p, moments, gram, scratch, shared.weights, Lanes<32>());
+    if (threadIdx.x == 0) shared.values[0] = value;
+    for (int i = threadIdx.x; i < p.n; i += 32) shared.share[i] = static_cast<C>(shared.weights[i]);
   }
 
   const CombineParams& p;

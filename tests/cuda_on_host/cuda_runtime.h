@@ -243,7 +243,7 @@ inline int __syncthreads_or(int x) {
   any = 0;
   return all;
 }
-inline void __syncwarp() { host::wait(host::State::kWarp); }
+inline void __syncwarp(unsigned = 0) { host::wait(host::State::kWarp); }  // others than its lanes wait, too
 inline char* aligned(std::vector<char>& memory) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);
 }
@@ -269,10 +269,10 @@ template <class T>
 T __shfl_down_sync(unsigned, T x, int offset) {  // beyond the warp: the lane's own
   return static_cast<T>(shuffle(x, threadIdx.x % 32 + offset < 32 ? threadIdx.x + offset : threadIdx.x));
 }
-inline unsigned __ballot_sync(unsigned, bool x) {
+inline unsigned __ballot_sync(unsigned mask, bool x) {
   unsigned all = 0;
-  for (int lane = 0; lane < 32; ++lane) all |= static_cast<unsigned>(__shfl_sync(0, x ? 1.0 : 0.0, lane)) << lane;
-  return all;
+  for (int lane = 0; lane < 32; ++lane) all |= unsigned{__shfl_sync(0, x ? 1.0 : 0.0, lane) != 0} << lane;
+  return all & mask;
 }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 

@@ -64,34 +64,40 @@ PAMA_HD double solve_closed_form(double* a, uint64_t kept, int n) {
   return undefined ? NAN : project(low, high);
 }
 
-// Weights of one pool of tokens (the batch, a row, a group), where its scalars a_i stand, from its moments, and for
-// min-norm from `gram`, the sums of I(A_i) I(A_j) and at [n * n] the number of tokens with data; returns s*, for
-// min-norm the norm, a root mean square.
-PAMA_HD double solve_scalars(const CombineParams& p, const Moments* m, const double* gram, double* scratch,
-                             double* weights) {
-  if (p.solver == Solver::kFixed) {
-    double value = 0.0;
-    for (int i = 0; i < p.n; ++i) {
-      const double scalar = weights[i];
-      weights[i] = p.fixed_weight(i);
-      value += weights[i] != 0.0 ? weights[i] * scalar : 0.0;
-    }
-    return value;
-  }
+// The same of a pool of tokens: the batch, a row, a group.
+PAMA_HD uint64_t participants(const CombineParams& p, const Moments* m) {
   uint64_t has_data = 0, active = 0;
   for (int i = 0; i < p.n; ++i) {
     has_data |= uint64_t{m[i].taken(p.propagate) > 0} << i;
     active |= uint64_t{m[i].nonzero > m[i].clipped} << i;
   }
-  const uint64_t kept = participants(has_data, active, p.skip_inactive, p.n);
-  if (p.solver != Solver::kMinNorm) return solve_closed_form(weights, kept, p.n);
-  const double tokens = gram[p.n * p.n];
-  return MinNorm(gram, p.n, scratch).solve(kept, weights) / sqrt(tokens > 0.0 ? tokens : 1.0);
+  return participants(has_data, active, p.skip_inactive, p.n);
 }
 
-PAMA_HD double solve(const CombineParams& p, const Moments* m, const double* gram, double* scratch, double* weights) {
+// Replaces the scalars a_i of a pool by its weights, closed form or fixed, and returns s*.
+PAMA_HD double solve_scalars(const CombineParams& p, const Moments* m, double* weights) {
+  if (p.solver != Solver::kFixed) return solve_closed_form(weights, participants(p, m), p.n);
+  double value = 0.0;
+  for (int i = 0; i < p.n; ++i) {
+    const double scalar = weights[i];
+    weights[i] = p.fixed_weight(i);
+    value += weights[i] != 0.0 ? weights[i] * scalar : 0.0;
+  }
+  return value;
+}
+
+// The min-norm weights of a pool from `gram`, the sums of I(A_i) I(A_j) and at [n * n] the number of tokens with data.
+// Returns the norm, a root mean square.
+template <class Team = Alone>
+PAMA_HD double solve_vectors(const CombineParams& p, const Moments* m, const double* gram, double* scratch,
+                             double* weights, Team team = {}) {
+  const double tokens = gram[p.n * p.n];
+  return MinNorm<Team>(gram, p.n, scratch, team).solve(participants(p, m), weights) / sqrt(tokens > 0.0 ? tokens : 1.0);
+}
+
+PAMA_HD double solve(const CombineParams& p, const Moments* m, double* weights) {
   for (int i = 0; i < p.n; ++i) weights[i] = m[i].scalar();
-  return solve_scalars(p, m, gram, scratch, weights);
+  return solve_scalars(p, m, weights);
 }
 
 }  // namespace pama
