@@ -228,7 +228,8 @@ class Kernel : Streamer<C> {
     tile.ahead_step = kLanes * sizeof(S);
     tile.beside[0] = tile.beside[1] = tile.beside[2] = tile.ahead[0];
     if (p.mask.data) tile.beside[1] = follow(p.mask, size_of(p.mask_dtype), count * p.mask.col);
-    if (p.level == Level::kBatch && !p.in_place && !p.has_gram()) tile.beside[2] = follow(p.out, sizeof(S), 0);
+    const bool soon = p.level == Level::kBatch || p.level == Level::kToken;  // the combination follows the statistics
+    if (soon && !p.in_place && !p.has_gram()) tile.beside[2] = follow(p.out, sizeof(S), 0);
     if (p.log_ratio.data) tile.beside[0] = follow(p.log_ratio, size_of(p.log_ratio_dtype), count * p.log_ratio.col);
   }
 
