@@ -1,7 +1,6 @@
 // launch_min_norm_cuda: lanes of a warp for each problem of the batch.
 #include <algorithm>
 
-#include "check.h"
 #include "launch.h"
 #include "pama/min_norm.h"
 #include "warp.cuh"
