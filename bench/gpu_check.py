@@ -33,7 +33,7 @@ WHOLE_S = 510  # all stages together
 TAIL_LINES = 80  # kept of a stage that failed
 BENCH_S = 1.0  # for one view of one workload: with nobody else on the machine, times hardly vary
 NOT_FOUND = 127  # as a shell says it
-HANGS_S = 120  # a test that takes longer waits for a kernel that never ends: its process tells where, and ends
+HANGS_S = 180  # a test that takes longer waits for a kernel that never ends: its process tells where, and ends
 
 
 def ends_when_hanging(seconds: float) -> tuple[str, ...]:

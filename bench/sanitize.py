@@ -96,10 +96,12 @@ def run_normalised(device: str) -> int:
         result = pama_ext.combine(host.double().to(device), level=level, solver="min_norm", **moved)
         compare(f"combine, level {level}, min_norm", result.weights, expected.weights, torch.float32)
         calls += 1
-    gramian = host[:, :3].nan_to_num(0, 0, 0).double()
-    gramian = gramian @ gramian.mT
-    compare("min_norm", pama_ext.min_norm(gramian.to(device)), reference.min_norm(gramian), torch.float32)
-    return calls + 1 + run_gae(device)
+    for n in (3, 8, 10, 45):  # four, eight and 32 lanes to a problem; shared memory and not
+        x = torch.randn(9, n, n + 9, dtype=torch.float64)
+        gramian = x @ x.mT
+        compare(f"min_norm of {n}", pama_ext.min_norm(gramian.to(device)), reference.min_norm(gramian), torch.float32)
+        calls += 1
+    return calls + run_gae(device)
 
 
 def run_gae(device: str) -> int:

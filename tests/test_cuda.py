@@ -241,8 +241,9 @@ def test_offsets_that_lie_never_leave_the_batch():
 
 @pytest.mark.parametrize("n", [1, 3, 4, 5, 8, 10, 44, 45, 64])
 def test_min_norm_is_that_of_the_cpu(n):
-    """Of few vectors more problems than there are lanes for; beyond 44 there is no room for them in shared memory."""
-    x = torch.randn(50_000 if n < 9 else 50, n, n + 9, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    """Of more problems than there are teams of lanes for; beyond 44 there is no room for one in shared memory."""
+    shape = (50_000 if n < 9 else 3_000, n, n + 9)
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     x[::3, -1] = x[::3, 0]
     gramian = x @ x.mT
     torch.testing.assert_close(min_norm(gramian.to(CUDA)).cpu(), min_norm(gramian), rtol=1e-9, atol=1e-12)

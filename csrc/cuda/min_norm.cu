@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(32, kBlocksPerSM) min_norm_kernel(const __grid
   constexpr int kTeams = 32 / kSize;
   const int team = static_cast<int>(threadIdx.x) / kSize;
   double* scratch = reinterpret_cast<double*>(dynamic_shared()) + team * min_norm_problem(p.n);
-  if (p.workspace) scratch = static_cast<double*>(p.workspace) + blockIdx.x * min_norm_problem(p.n);
+  if (p.workspace) scratch = static_cast<double*>(p.workspace) + blockIdx.x * min_norm_problem(p.n);  // of one team
   for (int64_t k = static_cast<int64_t>(blockIdx.x) * kTeams + team; k < p.batch;
        k += static_cast<int64_t>(gridDim.x) * kTeams)
     solve_min_norm(p, k, scratch, Lanes<kSize>());

@@ -117,6 +117,7 @@ struct Fiber {
   jmp_buf at;  // once it has started: unlike swapcontext, a jump asks nothing of the kernel
   bool started = false;
   State state = State::kReady;
+  unsigned mask;    // at kWarp: the lanes that wait for each other
   double exchange;  // what a shuffle shows the others
 };
 
@@ -126,9 +127,11 @@ inline thread_local std::vector<Fiber>* fibers;
 inline thread_local std::vector<std::vector<char>>* shared;  // dynamic shared memory of all blocks
 inline thread_local jmp_buf scheduler;
 
-inline void wait(State state) {
+inline void wait(State state, unsigned mask = ~0u) {
   Fiber& self = (*fibers)[threadIdx.x];
+  if (!(mask >> threadIdx.x % 32 & 1)) std::terminate();  // a lane has to be one of those that it waits for
   self.state = state;
+  self.mask = mask;
   if (!_setjmp(self.at)) _longjmp(scheduler, 1);
 }
 
@@ -207,6 +210,17 @@ inline void run_block(int block, int blocks, int threads, const void* kernel, co
     for (int k = first; k < last; ++k)
       if (all[k].state == state) all[k].state = State::kReady;
   };
+  auto team_waits = [&](int warp, unsigned mask) {
+    for (int k = warp; k < warp + 32; ++k) {
+      const bool waits = all[k].state == State::kWarp && all[k].mask == mask;
+      if (mask >> (k - warp) & 1 && !waits && all[k].state != State::kDone) return false;
+    }
+    return true;
+  };
+  auto release_team = [&](int warp, unsigned mask) {
+    for (int k = warp; k < warp + 32; ++k)
+      if (mask >> (k - warp) & 1 && all[k].state == State::kWarp) all[k].state = State::kReady;
+  };
   while (!std::all_of(all.begin(), all.end(), [](const Fiber& f) { return f.state == State::kDone; })) {
     for (int first : turn) {  // a warp runs as far as it can before another one does
       const int warp = first / 32 * 32;
@@ -217,7 +231,8 @@ inline void run_block(int block, int blocks, int threads, const void* kernel, co
           threadIdx.x = k;
           resume(all[k]);
         }
-        if (all_wait(warp, warp + 32, State::kWarp)) release(warp, warp + 32, State::kWarp);
+        for (int k = warp; k < warp + 32; ++k)
+          if (all[k].state == State::kWarp && team_waits(warp, all[k].mask)) release_team(warp, all[k].mask);
       }
     }
     if (all_wait(0, threads, State::kBlock)) release(0, threads, State::kBlock);
@@ -243,36 +258,41 @@ inline int __syncthreads_or(int x) {
   any = 0;
   return all;
 }
-inline void __syncwarp(unsigned = 0) { host::wait(host::State::kWarp); }  // others than its lanes wait, too
+inline void __syncwarp(unsigned mask = ~0u) { host::wait(host::State::kWarp, mask); }
 inline char* aligned(std::vector<char>& memory) {
   return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 15) / 16 * 16);
 }
 namespace pama {
 inline char* dynamic_shared() { return aligned((*host::shared)[blockIdx.x]); }
 }  // namespace pama
-inline double shuffle(double x, int from) {
+inline double shuffle(unsigned mask, double x, int from) {
   (*host::fibers)[threadIdx.x].exchange = x;
-  __syncwarp();
+  __syncwarp(mask);
+  if (!(mask >> from % 32 & 1)) std::terminate();  // what others show is undefined
   const double other = (*host::fibers)[from].exchange;
-  __syncwarp();
+  __syncwarp(mask);
   return other;
 }
 template <class T>
-T __shfl_xor_sync(unsigned, T x, int offset) {
-  return static_cast<T>(shuffle(x, threadIdx.x ^ offset));
+T __shfl_xor_sync(unsigned mask, T x, int offset) {
+  return static_cast<T>(shuffle(mask, x, threadIdx.x ^ offset));
 }
 template <class T>
-T __shfl_sync(unsigned, T x, int lane) {
-  return static_cast<T>(shuffle(x, threadIdx.x / 32 * 32 + lane % 32));
+T __shfl_sync(unsigned mask, T x, int lane) {
+  return static_cast<T>(shuffle(mask, x, threadIdx.x / 32 * 32 + lane % 32));
 }
 template <class T>
-T __shfl_down_sync(unsigned, T x, int offset) {  // beyond the warp: the lane's own
-  return static_cast<T>(shuffle(x, threadIdx.x % 32 + offset < 32 ? threadIdx.x + offset : threadIdx.x));
+T __shfl_down_sync(unsigned mask, T x, int offset) {  // beyond the warp: the lane's own
+  return static_cast<T>(shuffle(mask, x, threadIdx.x % 32 + offset < 32 ? threadIdx.x + offset : threadIdx.x));
 }
 inline unsigned __ballot_sync(unsigned mask, bool x) {
+  (*host::fibers)[threadIdx.x].exchange = x;
+  __syncwarp(mask);
   unsigned all = 0;
-  for (int lane = 0; lane < 32; ++lane) all |= unsigned{__shfl_sync(0, x ? 1.0 : 0.0, lane) != 0} << lane;
-  return all & mask;
+  for (int lane = 0; lane < 32; ++lane)
+    if (mask >> lane & 1) all |= unsigned{(*host::fibers)[threadIdx.x / 32 * 32 + lane].exchange != 0} << lane;
+  __syncwarp(mask);
+  return all;
 }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 

@@ -187,7 +187,7 @@ class MinNorm {
       team.each(0, members, [&](int k) {
         double& now = u[support[k]];
         const double to = now + step * (y[k] - now);
-        const bool leaves = y[k] <= 0.0 && (to <= 0.0 || now / (now - y[k]) <= step);
+        const bool leaves = !(y[k] > 0.0) && !(to > 0.0 && now / (now - y[k]) > step);  // NaN, too: it has to end
         now = leaves ? 0.0 : to;
         y[k] = leaves ? 0.0 : 1.0;
       });
