@@ -42,7 +42,7 @@ int64_t min_norm_cuda_workspace(const MinNormParams& p) {
 void launch_min_norm_cuda(const MinNormParams& params, void* stream) {
   if (params.batch == 0) return;
   const DeviceGuard guard(params.device.index);
-  const int64_t shared = shared_bytes(params.n) <= kMostShared ? shared_bytes(params.n) : 0;
+  const int64_t shared = min_norm_cuda_workspace(params) ? 0 : shared_bytes(params.n);
   MinNormParams copy = params;
   if (shared > 0) copy.workspace = nullptr;
   void* arguments[] = {&copy};

@@ -5,9 +5,10 @@
 
 namespace pama {
 
+// Over so many lanes that follow each other; `mask` has all that call it together.
 template <class T>
-__device__ T warp_sum(T x, int lanes = 32) {
-  for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(0xffffffffu, x, offset);
+__device__ __forceinline__ T warp_sum(T x, int lanes = 32, unsigned mask = 0xffffffffu) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(mask, x, offset);
   return x;
 }
 __device__ __forceinline__ unsigned warp_sum(unsigned x, int lanes) {
@@ -36,10 +37,7 @@ struct Lanes {
   }
   __device__ __forceinline__ void sync() const { __syncwarp(mask); }
   __device__ __forceinline__ bool any(bool x) const { return __ballot_sync(mask, x) != 0; }
-  __device__ __forceinline__ double sum(double x) const {
-    for (int offset = kSize / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(mask, x, offset);
-    return x;
-  }
+  __device__ __forceinline__ double sum(double x) const { return warp_sum(x, kSize, mask); }
   __device__ __forceinline__ double least(double x) const {
     for (int offset = kSize / 2; offset > 0; offset /= 2) x = fmin(x, __shfl_xor_sync(mask, x, offset));
     return x;

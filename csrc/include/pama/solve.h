@@ -95,6 +95,7 @@ PAMA_HD double solve_vectors(const CombineParams& p, const Moments* m, const dou
   return MinNorm<Team>(gram, p.n, scratch, team).solve(participants(p, m), weights) / sqrt(tokens > 0.0 ? tokens : 1.0);
 }
 
+// As solve_scalars, from the moments alone.
 PAMA_HD double solve(const CombineParams& p, const Moments* m, double* weights) {
   for (int i = 0; i < p.n; ++i) weights[i] = m[i].scalar();
   return solve_scalars(p, m, weights);
