@@ -255,13 +255,18 @@ class Run {
 
 }  // namespace
 
-int64_t first_level_cache() {
-#ifdef _SC_LEVEL1_DCACHE_SIZE
-  static const int64_t bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);  // asked once: a virtual machine takes its time
-  return bytes;
-#else
-  return 0;
+bool prefetches_near(int64_t bytes) {
+  static const int64_t first_level = [] {  // asked once: a virtual machine takes its time
+#if defined(__x86_64__)
+    if (__builtin_cpu_is("intel")) return int64_t{0};  // whose cores gain from the second (docs/performance.md)
 #endif
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    return int64_t{sysconf(_SC_LEVEL1_DCACHE_SIZE)};
+#else
+    return int64_t{0};
+#endif
+  }();
+  return first_level >= bytes;
 }
 
 const CpuKernels& active_kernels() { return *active(); }

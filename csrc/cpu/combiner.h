@@ -16,10 +16,12 @@ class Combiner : protected Observer<C> {
   using Observer<C>::all;
   using Observer<C>::finite;
   using Observer<C>::floor;
+  using Observer<C>::further;
   using Observer<C>::gated_at;
   using Observer<C>::kInf;
   using Observer<C>::kLanes;
   using Observer<C>::lanes;
+  using Observer<C>::near_by;
   using Observer<C>::normalizer;
   using Observer<C>::only;
   using Observer<C>::p;
@@ -240,7 +242,16 @@ class Combiner : protected Observer<C> {
     for (int i = 0; i < n; ++i) factor[i] = all(normalizer.active() ? C{1} : scale[i]);
     const V even = all(C{1} / static_cast<C>(n));
     const int64_t step = kN ? Tile<C>::stride_for(kMost) : stride;
-    for (int k = 0; k < count; k += kLanes) {
+    const char *gates = tile.late[0], *mask = tile.late[1], *next = tile.late[2];
+    const int64_t ahead_step = tile.ahead_step;
+    const int late = tile.late_many;
+    const bool near = this->near;
+    auto fetch_all = [&](auto fetch) __attribute__((always_inline)) {
+      fetch(gates), fetch(mask);
+      for (int j = 0; j < late; ++j) fetch(next + j * ahead_step);
+    };
+    for (int k = 0; k < count; k += kLanes, gates += ahead_step, mask += ahead_step, next += late * ahead_step) {
+      near ? fetch_all(near_by) : fetch_all(further);
       const Where<V, M> valid(vec(tile.valid + k)), open(vec(tile.not_above + k));
       V a[kMost];
 #pragma GCC unroll 16

@@ -60,7 +60,9 @@ struct CpuKernels {
 
 const CpuKernels& active_kernels();  // of the best instruction set that this machine has
 
-int64_t first_level_cache();  // bytes, of a core's data; 0 or less if the system does not tell
+// Whether what is needed next, and now, so many bytes in all, should be prefetched into the first-level cache. If not,
+// into the second.
+bool prefetches_near(int64_t bytes);
 
 // Weights of one pool of tokens; returns s*. Compiled once, for every machine.
 double solve_pool(const CombineParams& p, const Moments* moments, const double* gram, double* weights);

@@ -39,7 +39,7 @@ class Observer {
         stride(Tile<C>::stride_for(params.n)),
         floor(params.noon ? C{0} : -kInf),
         propagate(M{} - (params.propagate ? 1 : 0)),
-        roomy(first_level_cache() >= 2 * kTileBytes),
+        near(prefetches_near(2 * kTileBytes)),
         normalizer(params) {
     lower_gates = !p.noon || p.propagate || normalizer.active();
     scaled = false;
@@ -49,6 +49,10 @@ class Observer {
       scaled |= scale[i] != 1;
     }
   }
+
+  // To be inlined early: GCC 12 takes a function that only prefetches for one without effect, and drops calls of it.
+  static constexpr auto near_by = [](const char* x) __attribute__((always_inline)) { __builtin_prefetch(x); };
+  static constexpr auto further = [](const char* x) __attribute__((always_inline)) { __builtin_prefetch(x, 0, 2); };
 
   bool keeps_sign(int i) const { return scale[i] > 0 && scale[i] < kInf; }
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
@@ -273,20 +277,18 @@ class Observer {
     const C* const x = tile.x + i * stride;
     const int64_t step = stride, ahead_step = tile.ahead_step;
     const char *const gates = tile.beside[0], *const mask = tile.beside[1], *const out = tile.beside[2];
-    const bool near = roomy;
-    const auto fetch = [near](const char* x) { near ? __builtin_prefetch(x) : __builtin_prefetch(x, 0, 2); };
     int64_t ahead = 0;
+    auto fetch_all = [&](auto fetch) __attribute__((always_inline)) {
+      if (i == 0) fetch(gates + ahead), fetch(mask + ahead), near_by(out + ahead);
+#pragma GCC unroll 4
+      for (int j = 0; j < kMany; ++j) fetch(ahead_of[j] + ahead);
+    };
     for (int k = 0; k < count; k += kLanes, ahead += ahead_step) {
-      if (i == 0) {
-        fetch(gates + ahead);
-        fetch(mask + ahead);
-        __builtin_prefetch(out + ahead);
-      }
+      near ? fetch_all(near_by) : fetch_all(further);
       const Where<V, M> valid(vec(tile.valid + k)), open(vec(tile.not_above + k));
       const M both = counted(open);
 #pragma GCC unroll 4
       for (int j = 0; j < kMany; ++j) {
-        fetch(ahead_of[j] + ahead);
         const V entry = vec(x + j * step + k), processed = kNormal ? vec(tile.normal + k) : entry;
         const V advantage = sums[j].template add<kScaled>(valid, open, both, entry, processed, around[j], factor[j]);
         if (kNormal) sums[j].deviation += valid.only((processed + advantage) * 0);  // NaN if one is not finite
@@ -318,7 +320,7 @@ class Observer {
   const int stride;
   const C floor;      // Noon: max(A, 0); otherwise -inf
   const M propagate;  // all ones if non-finite entries take part
-  const bool roomy;   // the first-level cache holds the next tile too; else that is prefetched into the second
+  const bool near;    // the next tile is prefetched into the first-level cache, else into the second
   C scale[kMaxObjectives];
   bool lower_gates;  // whether an A_i may be negative or NaN
   bool scaled;       // whether a scale is not 1

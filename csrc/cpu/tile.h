@@ -40,10 +40,12 @@ struct Tile {
   alignas(64) I not_below[kTileTokens];  // log_ratio >= log(1 - clip_low); only if lower gates are loaded
   alignas(64) C out[kTileTokens + 16];
   alignas(64) C normal[kTileTokens];  // one objective, normalised
-  // What to prefetch while objective i is worked on, so many bytes for each vector: its share of the next tile; and
-  // while the first is, gates and mask of that, and where the combination of this one goes.
-  const char *ahead[kMaxObjectives], *beside[3];
+  // What to prefetch, with each vector ahead_step bytes further: while objective i is observed, its share of the next
+  // tile; while the first is, gates and mask of that, and where the combination of this one goes. While tokens are
+  // solved: gates and mask instead, and the shares of late_many objectives.
+  const char *ahead[kMaxObjectives], *beside[3], *late[3];
   int64_t ahead_step;
+  int late_many;
 
   // An odd number of cache lines of floats, so that the objectives of a token do not compete for one place in the
   // cache.
@@ -88,66 +90,106 @@ inline S* at(const Plane& q, int64_t row, int64_t col) {
 template <class C>
 using Places = std::make_integer_sequence<int, Simd<C>::lanes>;
 
-// One vector with every kStep-th element, from kFirst on, of kStep vectors that follow each other; kStep is prime.
-template <int kStep, int kFirst, class C, int... kPlaces>
-inline auto every(const typename Simd<C>::V* rows, std::integer_sequence<int, kPlaces...>) {
-  constexpr int lanes = Simd<C>::lanes;
-  if constexpr (kStep == 2) {
-    return __builtin_shufflevector(rows[0], rows[1], (kPlaces * 2 + kFirst)...);
-  } else {
-    // What is wanted stands at another place in each of the vectors: all is chosen first, in place, and then put in
-    // order.
-    auto found = rows[0];
+// Where the entries of a vector stood, counted from the first of the vectors loaded.
+template <int kLanes>
+struct Held {
+  int place[kLanes];
+
+  constexpr bool operator==(const Held&) const = default;
+  constexpr int lane_of(int wanted) const {
+    int lane = 0;
+    while (place[lane] != wanted) ++lane;
+    return lane;
+  }
+};
+
+template <int kLanes>
+constexpr Held<kLanes> every(int step, int first) {
+  Held<kLanes> held{};
+  for (int l = 0; l < kLanes; ++l) held.place[l] = first + step * l;
+  return held;
+}
+
+// Of an odd number of vectors, each `apart` places behind the one before, the entries `first` of each `step` places.
+// Each lane finds one of them in just one of the vectors, so that it need not move.
+template <int kLanes>
+constexpr Held<kLanes> in_place(Held<kLanes> held, int apart, int step, int first) {
+  for (int& place : held.place)
+    while (place % step != first) place += apart;
+  return held;
+}
+
+// A vector with the entries kWanted of kMany vectors, of which each holds kHeld, kApart places behind the one before.
+template <int kMany, int kApart, auto kHeld, auto kWanted, class V, int... kLane>
+inline __attribute__((always_inline)) V pick(const V* rows, std::integer_sequence<int, kLane...>) {
+  constexpr int lanes = sizeof...(kLane);
+  if constexpr (kMany <= 2) {
+    return __builtin_shufflevector(
+        rows[0], rows[kMany - 1],
+        (kWanted.place[kLane] / kApart * lanes + kHeld.lane_of(kWanted.place[kLane] % kApart))...);
+  } else {  // in place
+    V found = rows[0];
     auto choose = [&]<int kRow>() {
       found = __builtin_shufflevector(found, rows[kRow],
-                                      ((kRow * lanes + kPlaces) % kStep == kFirst ? lanes + kPlaces : kPlaces)...);
+                                      (kWanted.place[kLane] / kApart == kRow ? lanes + kLane : kLane)...);
     };
-    [&]<int... kRows>(std::integer_sequence<int, kRows...>) {
-      (choose.template operator()<kRows + 1>(), ...);
-    }(std::make_integer_sequence<int, kStep - 1>());
-    return __builtin_shufflevector(found, found, ((kPlaces * kStep + kFirst) % lanes)...);
+    [&]<int... kRow>(std::integer_sequence<int, kRow...>) {
+      (choose.template operator()<kRow + 1>(), ...);
+    }(std::make_integer_sequence<int, kMany - 1>());
+    return found;
   }
 }
 
-constexpr int smallest_factor(int n) {
-  for (int q = 2; q * q <= n; ++q)
+constexpr int next_factor(int n) {
+  for (int q = 3; q <= n; q += 2)
     if (n % q == 0) return q;
-  return n;
+  return 2;
 }
 
-// Of N vectors in which N objectives take turns, one vector to each objective: f(objective, vector). One prime factor
-// of N after the other, as that needs fewer instructions: 6 a vector at N = 10, 4 at N = 16.
-template <int N, class C, class F>
-inline __attribute__((always_inline)) void part(const typename Simd<C>::V* rows, F f) {
-  if constexpr (N == 1) {
-    f(0, rows[0]);
+// Of kLeft vectors whose entries are those of every kStep-th place from kFirst on, held as kHeld says, one vector in
+// order to each of kLeft objectives that take turns there; or just to the first.
+template <int kLeft, int kStep, int kFirst, auto kHeld, bool kAll, class V, class F>
+inline __attribute__((always_inline)) void part_further(const V* rows, F f) {
+  constexpr int lanes = sizeof(kHeld.place) / sizeof(int), apart = lanes * kStep;
+  using Lanes = std::make_integer_sequence<int, lanes>;
+  if constexpr (kLeft == 1) {
+    constexpr auto ordered = every<lanes>(kStep, kFirst);
+    if constexpr (kHeld == ordered) {
+      f(kFirst, rows[0]);
+    } else {
+      f(kFirst, pick<1, apart, kHeld, ordered>(rows, Lanes()));
+    }
   } else {
-    constexpr int q = smallest_factor(N);
+    constexpr int q = next_factor(kLeft);
     [&]<int... kResidue>(std::integer_sequence<int, kResidue...>) {
       (
           [&] {
-            typename Simd<C>::V own[N / q];
+            constexpr int first = kFirst + kResidue * kStep;
+            constexpr auto wanted = q == 2 ? every<lanes>(2 * kStep, first) : in_place(kHeld, apart, q * kStep, first);
+            V own[kLeft / q];
 #pragma GCC unroll 8
-            for (int g = 0; g < N / q; ++g) own[g] = every<q, kResidue, C>(rows + g * q, Places<C>());
-            part<N / q, C>(own, [&](int i, typename Simd<C>::V x) { f(i * q + kResidue, x); });
+            for (int g = 0; g < kLeft / q; ++g) own[g] = pick<q, apart, kHeld, wanted>(rows + g * q, Lanes());
+            part_further<kLeft / q, q * kStep, first, wanted, kAll>(own, f);
           }(),
           ...);
-    }(std::make_integer_sequence<int, q>());
+    }(std::make_integer_sequence<int, kAll ? q : 1>());
   }
+}
+
+// Of N vectors in which N objectives take turns, one vector to each objective: f(objective, vector). One prime factor
+// of N after the other, as that needs fewer instructions: 5 a vector at N = 10, 4 at N = 16. Odd ones come first: what
+// is wanted of so many vectors is chosen in place (blends, which more ports make), and put in order by what follows.
+template <int N, class C, class F>
+inline __attribute__((always_inline)) void part(const typename Simd<C>::V* rows, F f) {
+  part_further<N, 1, 0, every<Simd<C>::lanes>(1, 0), true>(rows, f);
 }
 
 // Of the same, one vector: of the objective that comes first.
 template <int N, class C>
 inline __attribute__((always_inline)) auto first_of(const typename Simd<C>::V* rows) {
-  if constexpr (N == 1) {
-    return rows[0];
-  } else {
-    constexpr int q = smallest_factor(N);
-    typename Simd<C>::V own[N / q];
-#pragma GCC unroll 8
-    for (int g = 0; g < N / q; ++g) own[g] = every<q, 0, C>(rows + g * q, Places<C>());
-    return first_of<N / q, C>(own);
-  }
+  typename Simd<C>::V found;
+  part_further<N, 1, 0, every<Simd<C>::lanes>(1, 0), false>(rows, [&](int, typename Simd<C>::V x) { found = x; });
+  return found;
 }
 
 // In place, as step 1 is known where it is asked for.
