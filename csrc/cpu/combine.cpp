@@ -256,17 +256,15 @@ class Run {
 }  // namespace
 
 bool prefetches_near(int64_t bytes) {
-  static const int64_t first_level = [] {  // asked once: a virtual machine takes its time
 #if defined(__x86_64__)
-    if (__builtin_cpu_is("intel")) return int64_t{0};  // whose cores gain from the second (docs/performance.md)
+  if (__builtin_cpu_is("intel")) return false;  // a Xeon gains from the second, whatever the first holds
 #endif
 #ifdef _SC_LEVEL1_DCACHE_SIZE
-    return int64_t{sysconf(_SC_LEVEL1_DCACHE_SIZE)};
-#else
-    return int64_t{0};
-#endif
-  }();
+  static const int64_t first_level = sysconf(_SC_LEVEL1_DCACHE_SIZE);  // asked once: a virtual machine takes its time
   return first_level >= bytes;
+#else
+  return false;
+#endif
 }
 
 const CpuKernels& active_kernels() { return *active(); }

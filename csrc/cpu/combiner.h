@@ -242,15 +242,15 @@ class Combiner : protected Observer<C> {
     for (int i = 0; i < n; ++i) factor[i] = all(normalizer.active() ? C{1} : scale[i]);
     const V even = all(C{1} / static_cast<C>(n));
     const int64_t step = kN ? Tile<C>::stride_for(kMost) : stride;
-    const char *gates = tile.late[0], *mask = tile.late[1], *next = tile.late[2];
-    const int64_t ahead_step = tile.ahead_step;
-    const int late = tile.late_many;
+    const char *gates = tile.solved.gates, *mask = tile.solved.mask, *next = tile.late;
+    const int64_t ahead_step = tile.ahead_step;  // copies: for all the compiler knows, stores may change the originals
+    const int late_many = tile.late_many;
     const bool near = this->near;
     auto fetch_all = [&](auto fetch) __attribute__((always_inline)) {
       fetch(gates), fetch(mask);
-      for (int j = 0; j < late; ++j) fetch(next + j * ahead_step);
+      for (int j = 0; j < late_many; ++j) fetch(next + j * ahead_step);
     };
-    for (int k = 0; k < count; k += kLanes, gates += ahead_step, mask += ahead_step, next += late * ahead_step) {
+    for (int k = 0; k < count; k += kLanes, gates += ahead_step, mask += ahead_step, next += late_many * ahead_step) {
       near ? fetch_all(near_by) : fetch_all(further);
       const Where<V, M> valid(vec(tile.valid + k)), open(vec(tile.not_above + k));
       V a[kMost];
@@ -285,7 +285,7 @@ class Combiner : protected Observer<C> {
   V marked(V x, M taken) const {
     const bool half = p.dtype == DType::kFloat16, bfloat = p.dtype == DType::kBFloat16;
     const V tiny = all(half ? C(0x1p-25) : bfloat ? C(0x1p-134) : C{0});
-    const V some = (x <= tiny) & (x >= -tiny) ? V{} : x;
+    const V some = ((x <= tiny) & (x >= -tiny)) ? V{} : x;
     return taken ? some : -V{};
   }
 

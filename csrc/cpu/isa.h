@@ -60,8 +60,8 @@ struct CpuKernels {
 
 const CpuKernels& active_kernels();  // of the best instruction set that this machine has
 
-// Whether what is needed next, and now, so many bytes in all, should be prefetched into the first-level cache. If not,
-// into the second.
+// Whether to prefetch into the first-level cache, if this tile and the next take so many bytes together; else into the
+// second.
 bool prefetches_near(int64_t bytes);
 
 // Weights of one pool of tokens; returns s*. Compiled once, for every machine.

@@ -143,8 +143,8 @@ class Normalizer {
       const V d = usable ? sample - centre : V{};
       deviation += d;
       squares += d * d;
-      low = usable & (sample < low) ? sample : low;
-      high = usable & (sample > high) ? sample : high;
+      low = (usable & (sample < low)) ? sample : low;
+      high = (usable & (sample > high)) ? sample : high;
     }
     lanes.spill(deviation, squares, low, high);
     settle(m, static_cast<double>(centre), lanes.sum(0), lanes.sum(1));
@@ -303,8 +303,8 @@ class Normalizer {
         const M usable = finite(x);
         n += usable ? V{} + 1 : V{};
         sum += usable ? x : V{};
-        low = usable & (x < low) ? x : low;
-        high = usable & (x > high) ? x : high;
+        low = (usable & (x < low)) ? x : low;
+        high = (usable & (x > high)) ? x : high;
         broken |= x == kInf;
       }
     }

@@ -43,9 +43,11 @@ class Observer {
         normalizer(params) {
     lower_gates = !p.noon || p.propagate || normalizer.active();
     scaled = false;
+    can_be_plain = p.noon;
     for (int i = 0; i < p.n; ++i) {
       scale[i] = static_cast<C>(p.scale(i));
       lower_gates |= !keeps_sign(i);
+      can_be_plain &= keeps_sign(i);
       scaled |= scale[i] != 1;
     }
   }
@@ -74,7 +76,8 @@ class Observer {
       } else {
         const int together = smaller(kTogether, p.n - i);
         [&]<int... kMany>(std::integer_sequence<int, kMany...>) {
-          ((together == kMany + 1 && (plain |= observe<kKeep, false, kMany + 1>(i, count, m) << i, true)) || ...);
+          static_cast<void>(
+              ((together == kMany + 1 && (plain |= observe<kKeep, false, kMany + 1>(i, count, m) << i, true)) || ...));
         }(std::make_integer_sequence<int, kTogether>());
         i += together - 1;
       }
@@ -276,10 +279,10 @@ class Observer {
     }
     const C* const x = tile.x + i * stride;
     const int64_t step = stride, ahead_step = tile.ahead_step;
-    const char *const gates = tile.beside[0], *const mask = tile.beside[1], *const out = tile.beside[2];
+    const char *const gates = tile.observed.gates, *const mask = tile.observed.mask, *const result = tile.result;
     int64_t ahead = 0;
     auto fetch_all = [&](auto fetch) __attribute__((always_inline)) {
-      if (i == 0) fetch(gates + ahead), fetch(mask + ahead), near_by(out + ahead);
+      if (i == 0) fetch(gates + ahead), fetch(mask + ahead), near_by(result + ahead);
 #pragma GCC unroll 4
       for (int j = 0; j < kMany; ++j) fetch(ahead_of[j] + ahead);
     };
@@ -322,8 +325,9 @@ class Observer {
   const M propagate;  // all ones if non-finite entries take part
   const bool near;    // the next tile is prefetched into the first-level cache, else into the second
   C scale[kMaxObjectives];
-  bool lower_gates;  // whether an A_i may be negative or NaN
-  bool scaled;       // whether a scale is not 1
+  bool lower_gates;   // whether an A_i may be negative or NaN
+  bool can_be_plain;  // whether all of a tile can
+  bool scaled;        // whether a scale is not 1
   Tile<C> tile;
   Lanes<C> lanes;
   Normalizer<C> normalizer;

@@ -17,11 +17,11 @@ class Streamer : protected Combiner<C> {
   using TokenSums = typename Combiner<C>::template TokenSums<kN>;
   using Combiner<C>::all;
   using Combiner<C>::at;
+  using Combiner<C>::can_be_plain;
   using Combiner<C>::centre_of;
   using Combiner<C>::conclude_plain;
   using Combiner<C>::counted;
   using Combiner<C>::gapless;
-  using Combiner<C>::keeps_sign;
   using Combiner<C>::kInf;
   using Combiner<C>::kLanes;
   using Combiner<C>::known;
@@ -39,9 +39,9 @@ class Streamer : protected Combiner<C> {
 
   explicit Streamer(const CombineParams& params)
       : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {
-    streams = 1 < p.n && p.n <= kFew && p.noon && !p.order && !p.sums && !p.in_place && !p.marks() &&
+    streams = 1 < p.n && p.n <= kFew && can_be_plain && !p.order && !p.sums && !p.in_place && !p.marks() &&
               !normalizer.active() && (!p.log_ratio.data || (p.log_ratio_dtype == p.dtype && gapless(p.log_ratio, 1)));
-    for (int i = 0; i < p.n; ++i) streams &= keeps_sign(i) && gapless(p.advantages[i], adjacent ? p.n : 1);
+    for (int i = 0; i < p.n; ++i) streams &= gapless(p.advantages[i], adjacent ? p.n : 1);
     reads_mask = p.mask.data && size_of(p.mask_dtype) == 1 && gapless(p.mask, 1);
     distant = p.tokens() * p.n * size_of(p.dtype) > kNear;
   }
@@ -58,7 +58,8 @@ class Streamer : protected Combiner<C> {
         if (!known(m[i], count)) return false;
       C* const out = this->template destination<S>(t, count);
       [&]<int... kN>(std::integer_sequence<int, kN...>) {
-        ((p.n == kN + 2 && (done = walk<kN + 2, S>(t, count, m, combine, shares, out), true)) || ...);
+        static_cast<void>(
+            ((p.n == kN + 2 && (done = walk<kN + 2, S>(t, count, m, combine, shares, out), true)) || ...));
       }(std::make_integer_sequence<int, kFew ? kFew - 1 : 0>());
       if (done && combine && out == tile.out) store_plane<S>(p, p.out, t, count, out);
     }

@@ -21,8 +21,9 @@ inline void fill(T* x, int first, int last, U value) {
   for (int k = first; k < last; ++k) x[k] = value;
 }
 
-// A tile and what is prefetched of the next stay in the first-level cache; but of many objectives it is not so short
-// that what there is to do once for each tile and objective would count. 1024 tokens of five objectives are one tile.
+// A tile and the next fit a first-level cache of 48 KB together (see prefetches_near); but of many objectives a tile is
+// not so short that what there is to do once for each tile and objective would count. 1024 tokens of five objectives
+// are one tile.
 constexpr int kTileBytes = 21 * 1024, kTileTokens = 1040, kShortestBytes = 2048;
 
 // Objective i, token t of the tile stands at [i * stride + t]. Entries beyond the tile's last token are not valid.
@@ -40,10 +41,14 @@ struct Tile {
   alignas(64) I not_below[kTileTokens];  // log_ratio >= log(1 - clip_low); only if lower gates are loaded
   alignas(64) C out[kTileTokens + 16];
   alignas(64) C normal[kTileTokens];  // one objective, normalised
-  // What to prefetch, with each vector ahead_step bytes further: while objective i is observed, its share of the next
-  // tile; while the first is, gates and mask of that, and where the combination of this one goes. While tokens are
-  // solved: gates and mask instead, and the shares of late_many objectives.
-  const char *ahead[kMaxObjectives], *beside[3], *late[3];
+  // What to prefetch, with each vector ahead_step bytes further. While objective i is observed: a share of the next
+  // tile, and while the first is, where the combination of this one goes. Gates and mask of the next: also then or, if
+  // tokens are solved after that, while they are, with the last late_many shares.
+  struct Beside {
+    const char *gates, *mask;
+  };
+  const char *ahead[kMaxObjectives], *result, *late;
+  Beside observed, solved;
   int64_t ahead_step;
   int late_many;
 
@@ -93,6 +98,7 @@ using Places = std::make_integer_sequence<int, Simd<C>::lanes>;
 // Where the entries of a vector stood, counted from the first of the vectors loaded.
 template <int kLanes>
 struct Held {
+  static constexpr int lanes = kLanes;
   int place[kLanes];
 
   constexpr bool operator==(const Held&) const = default;
@@ -110,8 +116,8 @@ constexpr Held<kLanes> every(int step, int first) {
   return held;
 }
 
-// Of an odd number of vectors, each `apart` places behind the one before, the entries `first` of each `step` places.
-// Each lane finds one of them in just one of the vectors, so that it need not move.
+// Of an odd number of vectors, each `apart` places behind the one before, the entries `first` of each `step` places: as
+// lanes are a power of two, each finds one in just one of the vectors, which need not move.
 template <int kLanes>
 constexpr Held<kLanes> in_place(Held<kLanes> held, int apart, int step, int first) {
   for (int& place : held.place)
@@ -119,48 +125,45 @@ constexpr Held<kLanes> in_place(Held<kLanes> held, int apart, int step, int firs
   return held;
 }
 
-// A vector with the entries kWanted of kMany vectors, of which each holds kHeld, kApart places behind the one before.
-template <int kMany, int kApart, auto kHeld, auto kWanted, class V, int... kLane>
-inline __attribute__((always_inline)) V pick(const V* rows, std::integer_sequence<int, kLane...>) {
-  constexpr int lanes = sizeof...(kLane);
-  if constexpr (kMany <= 2) {
-    return __builtin_shufflevector(
-        rows[0], rows[kMany - 1],
-        (kWanted.place[kLane] / kApart * lanes + kHeld.lane_of(kWanted.place[kLane] % kApart))...);
-  } else {  // in place
-    V found = rows[0];
-    auto choose = [&]<int kRow>() {
-      found = __builtin_shufflevector(found, rows[kRow],
-                                      (kWanted.place[kLane] / kApart == kRow ? lanes + kLane : kLane)...);
-    };
-    [&]<int... kRow>(std::integer_sequence<int, kRow...>) {
-      (choose.template operator()<kRow + 1>(), ...);
-    }(std::make_integer_sequence<int, kMany - 1>());
-    return found;
-  }
+// A vector with these entries.
+template <int kMany, int kApart, auto kWanted, class V, int... kLane>
+inline __attribute__((always_inline)) V choose_in_place(const V* rows, std::integer_sequence<int, kLane...>) {
+  V found = rows[0];
+  auto choose = [&]<int kRow>() {
+    found = __builtin_shufflevector(found, rows[kRow],
+                                    (kWanted.place[kLane] / kApart == kRow ? kWanted.lanes + kLane : kLane)...);
+  };
+  [&]<int... kRow>(std::integer_sequence<int, kRow...>) {
+    (choose.template operator()<kRow + 1>(), ...);
+  }(std::make_integer_sequence<int, kMany - 1>());
+  return found;
 }
 
+// Of two vectors, kApart places apart, of which the first holds kHeld, the entries kWanted.
+template <int kApart, auto kHeld, auto kWanted, class V, int... kLane>
+inline __attribute__((always_inline)) V permute(V a, V b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(
+      a, b, (kWanted.place[kLane] / kApart * kHeld.lanes + kHeld.lane_of(kWanted.place[kLane] % kApart))...);
+}
+
+// The smallest odd prime factor; of a power of two, 2.
 constexpr int next_factor(int n) {
   for (int q = 3; q <= n; q += 2)
     if (n % q == 0) return q;
   return 2;
 }
 
-// Of kLeft vectors whose entries are those of every kStep-th place from kFirst on, held as kHeld says, one vector in
-// order to each of kLeft objectives that take turns there; or just to the first.
+// Of kLeft vectors with the entries of every kStep-th place from kFirst on, of which the first holds kHeld and the next
+// the same, as many places further as kStep vectors have, one vector in order to each of kLeft objectives that take
+// turns there; or just to the first.
 template <int kLeft, int kStep, int kFirst, auto kHeld, bool kAll, class V, class F>
 inline __attribute__((always_inline)) void part_further(const V* rows, F f) {
-  constexpr int lanes = sizeof(kHeld.place) / sizeof(int), apart = lanes * kStep;
-  using Lanes = std::make_integer_sequence<int, lanes>;
+  constexpr int lanes = kHeld.lanes, apart = lanes * kStep, q = next_factor(kLeft);
+  constexpr std::make_integer_sequence<int, lanes> each{};
   if constexpr (kLeft == 1) {
     constexpr auto ordered = every<lanes>(kStep, kFirst);
-    if constexpr (kHeld == ordered) {
-      f(kFirst, rows[0]);
-    } else {
-      f(kFirst, pick<1, apart, kHeld, ordered>(rows, Lanes()));
-    }
+    f(kFirst, kHeld == ordered ? rows[0] : permute<apart, kHeld, ordered>(rows[0], rows[0], each));
   } else {
-    constexpr int q = next_factor(kLeft);
     [&]<int... kResidue>(std::integer_sequence<int, kResidue...>) {
       (
           [&] {
@@ -168,7 +171,14 @@ inline __attribute__((always_inline)) void part_further(const V* rows, F f) {
             constexpr auto wanted = q == 2 ? every<lanes>(2 * kStep, first) : in_place(kHeld, apart, q * kStep, first);
             V own[kLeft / q];
 #pragma GCC unroll 8
-            for (int g = 0; g < kLeft / q; ++g) own[g] = pick<q, apart, kHeld, wanted>(rows + g * q, Lanes());
+            for (int g = 0; g < kLeft / q; ++g) {
+              const V* const of = rows + g * q;
+              if constexpr (q == 2) {
+                own[g] = permute<apart, kHeld, wanted>(of[0], of[1], each);
+              } else {
+                own[g] = choose_in_place<q, apart, wanted>(of, each);
+              }
+            }
             part_further<kLeft / q, q * kStep, first, wanted, kAll>(own, f);
           }(),
           ...);
@@ -177,8 +187,8 @@ inline __attribute__((always_inline)) void part_further(const V* rows, F f) {
 }
 
 // Of N vectors in which N objectives take turns, one vector to each objective: f(objective, vector). One prime factor
-// of N after the other, as that needs fewer instructions: 5 a vector at N = 10, 4 at N = 16. Odd ones come first: what
-// is wanted of so many vectors is chosen in place (blends, which more ports make), and put in order by what follows.
+// of N after the other, as that needs fewer instructions: with AVX-512 5 a vector at N = 10, 4 at N = 16. Odd ones come
+// first: what is wanted is chosen in place (blends, which more ports make), and put in order by what follows.
 template <int N, class C, class F>
 inline __attribute__((always_inline)) void part(const typename Simd<C>::V* rows, F f) {
   part_further<N, 1, 0, every<Simd<C>::lanes>(1, 0), true>(rows, f);
@@ -288,7 +298,7 @@ void load_objectives(const Params& p, const Plane* planes, bool adjacent, int64_
     C* to = dst + done;
     // Up to 16 at once; of more, 16 at a time, the last of them together with some of those before.
     [&]<int... kN>(std::integer_sequence<int, kN...>) {
-      ((p.n == kN + 2 && (deinterleave<kN + 2>(src, p.n, m, to, stride), true)) || ...);
+      static_cast<void>(((p.n == kN + 2 && (deinterleave<kN + 2>(src, p.n, m, to, stride), true)) || ...));
     }(std::make_integer_sequence<int, 15>());
     for (int i = 0; p.n > 16 && i < p.n; i += 16) {
       const int from = smaller(i, p.n - 16);
