@@ -44,17 +44,18 @@ struct Part {
   Guess guess;
 };
 
-// The moments of the parts that are done, whichever they are: good enough for a guess.
+// The moments of the parts that are done, whichever they are: good enough for a guess. So nobody waits for them either:
+// two threads start and end at the same time, and one that sleeps takes longer to wake up than a small part takes.
 class Done {
  public:
   explicit Done(int objectives) : n(objectives) { std::fill(moments, moments + n, Moments::empty()); }
   void add(const Moments* part) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    for (int i = 0; i < n; ++i) merge(moments[i], part[i]);
+    const std::unique_lock lock(mutex, std::try_to_lock);
+    for (int i = 0; i < n && lock; ++i) merge(moments[i], part[i]);
   }
   void copy(Moments* to) {
-    const std::lock_guard<std::mutex> lock(mutex);
-    std::copy(moments, moments + n, to);
+    const std::unique_lock lock(mutex, std::try_to_lock);
+    for (int i = 0; i < n; ++i) to[i] = lock ? moments[i] : Moments::empty();
   }
 
  private:
