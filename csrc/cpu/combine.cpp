@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <vector>
 
@@ -45,22 +44,24 @@ struct Part {
 };
 
 // The moments of the parts that are done, whichever they are: good enough for a guess. So nobody waits for them either:
-// two threads start and end at the same time, and one that sleeps takes longer to wake up than a small part takes.
+// threads start and end at the same time, and one that sleeps takes longer to wake up than a small part takes.
 class Done {
  public:
   explicit Done(int objectives) : n(objectives) { std::fill(moments, moments + n, Moments::empty()); }
   void add(const Moments* part) {
-    const std::unique_lock lock(mutex, std::try_to_lock);
-    for (int i = 0; i < n && lock; ++i) merge(moments[i], part[i]);
+    if (busy.test_and_set(std::memory_order_acquire)) return;
+    for (int i = 0; i < n; ++i) merge(moments[i], part[i]);
+    busy.clear(std::memory_order_release);
   }
   void copy(Moments* to) {
-    const std::unique_lock lock(mutex, std::try_to_lock);
-    for (int i = 0; i < n; ++i) to[i] = lock ? moments[i] : Moments::empty();
+    if (busy.test_and_set(std::memory_order_acquire)) return std::fill(to, to + n, Moments::empty());
+    std::copy(moments, moments + n, to);
+    busy.clear(std::memory_order_release);
   }
 
  private:
   const int n;
-  std::mutex mutex;
+  std::atomic_flag busy;
   Moments moments[kMaxObjectives];
 };
 
