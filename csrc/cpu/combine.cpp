@@ -37,10 +37,70 @@ std::atomic<const CpuKernels*>& active() {
   return kernels;
 }
 
-struct Part {
-  Moments moments[kMaxObjectives];
-  TokenShares shares;
-  Guess guess;
+// What the parts have found: moments[n] and, as the level asks for it, a Gram matrix, shares or a guess. Two neighbours
+// are merged by the one that is done last, in the order of the tokens: so the bits are the same whichever that is, and
+// no thread reads all that others have written. In the end part 0 has all.
+class Found {
+ public:
+  Found(const CombineParams& params, int64_t count)
+      : n(params.n), parts(count), grams(params.has_gram() ? n * n + 1 : 0), shared(params.level == Level::kToken) {
+    if (grams) gram.reset(new double[parts * grams]());
+    if (parts == 1) return;
+    many_moments.reset(new Moments[parts * n]);
+    if (shared) many_shares.reset(new TokenShares[parts]);
+    if (!shared) many_guesses.reset(new Guess[parts]);
+  }
+
+  Moments* moments(int64_t k) { return parts > 1 ? many_moments.get() + k * n : one.moments; }
+  TokenShares& shares(int64_t k) { return parts > 1 ? many_shares[k] : one.shares; }
+  Guess& guess(int64_t k) { return parts > 1 ? many_guesses[k] : one.guess; }
+  double* gram_of(int64_t k) { return grams ? gram.get() + k * grams : nullptr; }
+
+  // `find` fills the moments it is given, and the rest of part k.
+  template <class F>
+  void add(int64_t k, F find) {
+    Moments local[kMaxObjectives];  // in the same place for all parts of a thread
+    Moments* const mine = parts > 1 ? local : one.moments;
+    std::fill(mine, mine + n, Moments::empty());
+    if (shared) {
+      std::fill(shares(k).weights, shares(k).weights + n, 0.0);
+      shares(k).value = 0.0;
+      shares(k).used = 0;
+    }
+    find(mine);
+    if (parts == 1) return;
+    std::copy(mine, mine + n, moments(k));
+    for (int64_t step = 1; step < parts; step *= 2) {
+      const int64_t left = k / (2 * step) * (2 * step), right = left + step;
+      if (right >= parts) continue;
+      if (!met[right].test_and_set(std::memory_order_acq_rel)) return;  // the other one will do it
+      merge_into(left, right);
+    }
+  }
+
+ private:
+  void merge_into(int64_t left, int64_t right) {
+    for (int i = 0; i < n; ++i) merge(moments(left)[i], moments(right)[i]);
+    for (int64_t e = 0; e < grams; ++e) gram_of(left)[e] += gram_of(right)[e];
+    if (!shared) return;
+    for (int i = 0; i < n; ++i) shares(left).weights[i] += shares(right).weights[i];
+    shares(left).value += shares(right).value;
+    shares(left).used += shares(right).used;
+  }
+
+  const int n;
+  const int64_t parts, grams;
+  const bool shared;
+  struct {
+    Moments moments[kMaxObjectives];
+    TokenShares shares;
+    Guess guess;
+  } one;  // the only part
+  std::unique_ptr<Moments[]> many_moments;
+  std::unique_ptr<TokenShares[]> many_shares;
+  std::unique_ptr<Guess[]> many_guesses;
+  std::unique_ptr<double[]> gram;
+  std::atomic_flag met[kMaxParts];  // whether one of the two that end at part k is there
 };
 
 // The moments of the parts that are done, whichever they are: good enough for a guess. So nobody waits for them either:
@@ -146,60 +206,48 @@ class Run {
   void combine() {
     const bool pooled = p.level == Level::kSequence || p.level == Level::kGroup;
     const int64_t units = p.measures ? p.groups : pooled ? p.pools() : p.tokens();
-    const int64_t parts = parts_for(p.tokens() * p.n, units), grams = p.has_gram() ? p.n * p.n + 1 : 0;
-    Part one;
-    const std::unique_ptr<Part[]> many(parts > 1 ? new Part[parts] : nullptr);
-    const std::unique_ptr<double[]> gram(grams ? new double[parts * grams]() : nullptr);
-    Part* const part = parts > 1 ? many.get() : &one;
+    const int64_t parts = parts_for(p.tokens() * p.n, units);
+    Found found(p, parts);
     Done done(p.n);
     for_parts(parallel_for, parts, units, [&](int64_t k, int64_t first, int64_t last) {
-      std::fill(part[k].moments, part[k].moments + p.n, Moments::empty());
-      if (p.level == Level::kToken) {
-        std::fill(part[k].shares.weights, part[k].shares.weights + p.n, 0.0);
-        part[k].shares.value = 0.0;
-        part[k].shares.used = 0;
-      }
-      observe(part[k], gram ? gram.get() + k * grams : nullptr, first, last, done);
+      found.add(k, [&](Moments* moments) { observe(found, k, moments, first, last, done); });
     });
-    for (int64_t k = 1; k < parts; ++k) {
-      for (int i = 0; i < p.n; ++i) merge(part[0].moments[i], part[k].moments[i]);
-      for (int64_t e = 0; e < grams; ++e) gram[e] += gram[k * grams + e];
-    }
+    Moments* const moments = found.moments(0);
     C* packed = static_cast<C*>(p.packed);
     for (int i = 0; i < p.n; ++i) {
-      part[0].moments[i].dead += dead[i];
-      write_statistics(part[0].moments[i], i, p.n, packed);
+      moments[i].dead += dead[i];
+      write_statistics(moments[i], i, p.n, packed);
     }
     if (pooled || p.per_token) return;
 
     double weights[kMaxObjectives];
     double value = 0.0;
     if (p.level == Level::kToken) {
-      value = mean_shares(part, parts, weights);
+      value = mean_shares(found.shares(0), weights);
     } else {
-      value = solve_pool(p, part[0].moments, gram.get(), weights);
-      weigh(part, parts, units, weights);
+      value = solve_pool(p, moments, found.gram_of(0), weights);
+      weigh(found, parts, units, weights);
     }
     C* out = packed + kStatistics * p.n;
     for (int i = 0; i < p.n; ++i) out[i] = static_cast<C>(weights[i]);
     out[p.n] = static_cast<C>(value);
   }
 
-  void observe(Part& part, double* gram, int64_t first, int64_t last, Done& done) const {
-    if (p.level == Level::kToken) return kernels.tokens(p, first, last, part.moments, part.shares);
-    if (p.level != Level::kBatch) return kernels.pools(p, first, last, part.moments, gram);
-    if (!guesses()) return kernels.scan(p, first, last, part.moments, gram, nullptr, nullptr);
+  void observe(Found& found, int64_t k, Moments* moments, int64_t first, int64_t last, Done& done) const {
+    if (p.level == Level::kToken) return kernels.tokens(p, first, last, moments, found.shares(k));
+    if (p.level != Level::kBatch) return kernels.pools(p, first, last, moments, found.gram_of(k));
+    if (!guesses()) return kernels.scan(p, first, last, moments, found.gram_of(k), nullptr, nullptr);
     Moments others[kMaxObjectives];
     done.copy(others);
-    kernels.scan(p, first, last, part.moments, gram, others, &part.guess);
-    done.add(part.moments);
+    kernels.scan(p, first, last, moments, nullptr, others, &found.guess(k));
+    done.add(moments);
   }
 
   // Not where a combination would overwrite what is read, where units are groups, or where a solve takes long.
   bool guesses() const { return !p.in_place && !p.measures && !p.has_gram(); }
 
   // The combination of the tokens that no part has guessed right.
-  void weigh(const Part* part, int64_t parts, int64_t units, const double* weights) const {
+  void weigh(Found& found, int64_t parts, int64_t units, const double* weights) const {
     int64_t firsts[kMaxParts], sizes[kMaxParts], runs = 0, left = 0;
     auto add = [&](int64_t first, int64_t last) {
       if (last <= first) return;
@@ -209,7 +257,7 @@ class Run {
     if (guesses()) {
       for (int64_t k = 0; k < parts; ++k) {
         const int64_t first = part_start(k, parts, units), last = part_start(k + 1, parts, units);
-        add(first, part[k].guess.holds(weights, p.n) ? std::min(part[k].guess.from, last) : last);
+        add(first, found.guess(k).holds(weights, p.n) ? std::min(found.guess(k).from, last) : last);
       }
     } else {
       add(0, p.tokens());
@@ -217,18 +265,12 @@ class Run {
     for_parts(parallel_for, parts_for(left * p.n, left), left, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t k = 0, at = 0; k < runs && at < end; at += sizes[k++]) {  // run k has the tokens [at, at + sizes[k])
         const int64_t first = std::max(begin - at, int64_t{0}), last = std::min(end - at, sizes[k]);
-        if (first < last) kernels.weigh(p, firsts[k] + first, firsts[k] + last, weights, part[0].moments);
+        if (first < last) kernels.weigh(p, firsts[k] + first, firsts[k] + last, weights, found.moments(0));
       }
     });
   }
 
-  double mean_shares(Part* part, int64_t parts, double* weights) const {
-    TokenShares& shares = part[0].shares;
-    for (int64_t k = 1; k < parts; ++k) {
-      for (int i = 0; i < p.n; ++i) shares.weights[i] += part[k].shares.weights[i];
-      shares.value += part[k].shares.value;
-      shares.used += part[k].shares.used;
-    }
+  double mean_shares(const TokenShares& shares, double* weights) const {
     const double used = static_cast<double>(shares.used);
     for (int i = 0; i < p.n; ++i)
       weights[i] = p.solver == Solver::kFixed ? p.fixed_weight(i) : used > 0 ? shares.weights[i] / used : 1.0 / p.n;
