@@ -21,10 +21,10 @@ inline void fill(T* x, int first, int last, U value) {
   for (int k = first; k < last; ++k) x[k] = value;
 }
 
-// A tile and the next fit a first-level cache of 48 KB together (see prefetches_near); but of many objectives a tile is
-// not so short that what there is to do once for each tile and objective would count. 1024 tokens of five objectives
-// are one tile.
-constexpr int kTileBytes = 21 * 1024, kTileTokens = 1040, kShortestBytes = 2048;
+// A tile, what it is loaded from or the next (see prefetches_near), and what stands beside the objectives fit a
+// first-level cache of 48 KB together; but of many objectives a tile is not so short that what there is to do once for
+// each tile and objective would count.
+constexpr int kTileBytes = 17 * 1024, kTileTokens = 1040, kShortestBytes = 1536;
 
 // Objective i, token t of the tile stands at [i * stride + t]. Entries beyond the tile's last token are not valid.
 template <class C>
