@@ -8,6 +8,7 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <vector>
 
@@ -208,9 +209,10 @@ class Run {
     const int64_t units = p.measures ? p.groups : pooled ? p.pools() : p.tokens();
     const int64_t parts = parts_for(p.tokens() * p.n, units);
     Found found(p, parts);
-    Done done(p.n);
+    std::optional<Done> done;
+    if (parts > 1) done.emplace(p.n);
     for_parts(parallel_for, parts, units, [&](int64_t k, int64_t first, int64_t last) {
-      found.add(k, [&](Moments* moments) { observe(found, k, moments, first, last, done); });
+      found.add(k, [&](Moments* moments) { observe(found, k, moments, first, last, done ? &*done : nullptr); });
     });
     Moments* const moments = found.moments(0);
     C* packed = static_cast<C*>(p.packed);
@@ -233,14 +235,14 @@ class Run {
     out[p.n] = static_cast<C>(value);
   }
 
-  void observe(Found& found, int64_t k, Moments* moments, int64_t first, int64_t last, Done& done) const {
+  void observe(Found& found, int64_t k, Moments* moments, int64_t first, int64_t last, Done* done) const {
     if (p.level == Level::kToken) return kernels.tokens(p, first, last, moments, found.shares(k));
     if (p.level != Level::kBatch) return kernels.pools(p, first, last, moments, found.gram_of(k));
     if (!guesses()) return kernels.scan(p, first, last, moments, found.gram_of(k), nullptr, nullptr);
     Moments others[kMaxObjectives];
-    done.copy(others);
-    kernels.scan(p, first, last, moments, nullptr, others, &found.guess(k));
-    done.add(moments);
+    if (done) done->copy(others);
+    kernels.scan(p, first, last, moments, nullptr, done ? others : nullptr, &found.guess(k));
+    if (done) done->add(moments);
   }
 
   // Not where a combination would overwrite what is read, where units are groups, or where a solve takes long.
@@ -326,11 +328,11 @@ bool Guess::look(const CombineParams& p, const Moments* others, const Moments* h
   Moments seen[kMaxObjectives];
   double now[kMaxObjectives];
   int weighted = 0;
-  for (int i = 0; i < p.n; ++i) {
+  for (int i = 0; i < p.n && others; ++i) {
     seen[i] = others[i];
     merge(seen[i], here[i]);
   }
-  solve(p, seen, now);
+  solve(p, others ? seen : here, now);
   for (int i = 0; i < p.n; ++i) weighted += now[i] != 0.0;
   const bool clear = weighted == 1 || p.solver == Solver::kFixed;
   if (clear && holds(now, p.n)) return false;

@@ -31,14 +31,14 @@ struct Guess {
   double weights[kMaxObjectives];
   int64_t from = kNone;  // the part's tokens from here on have been combined
 
-  // Looks again, before token t is combined, at the moments of other parts and of this one. Returns whether it is not
-  // what it was.
+  // Looks again, before token t is combined, at the moments of other parts, if there are any, and of this one. Returns
+  // whether it is not what it was.
   bool look(const CombineParams& p, const Moments* others, const Moments* here, int64_t t);
   bool holds(const double* of, int n) const;
 };
 
 // Each works on the tokens from `first` to `last` and merges into moments[n]; `scan` and `tokens` on groups, if they
-// measure them. `gram` is [n * n + 1] or null; the guess may be null, and then `others` too. `weigh` only reads its
+// measure them. `gram` is [n * n + 1] or null; the guess may be null, and so may `others`. `weigh` only reads its
 // moments, which have to have seen the tokens: where they know of no NaN, none is looked for.
 struct CpuKernels {
   const char* name;
