@@ -18,10 +18,10 @@ MASKS = [torch.bool, *INTEGERS, *DTYPES]
 LEVELS = ["batch", "sequence", "token"]
 SOLVERS = ["closed_form", "fixed"]
 
-TILE = 1040  # tokens
+TILE, SHORT_TILE = 1040, 368  # float32 tokens, where N is small and where it is large (kTileTokens, kShortestBytes)
 
-# [B, N] or [B, T, N] with objectives last. The CPU kernel works on tiles of TILE float32 tokens where N is small and of
-# 496 where it is large, on vectors of 4, 8 or 16, and cuts 32768 elements and more into an even number of parts.
+# [B, N] or [B, T, N] with objectives last. The CPU kernel works on tiles of TILE or SHORT_TILE tokens, on vectors of 4,
+# 8 or 16, and cuts 32768 elements and more into an even number of parts.
 SHAPES: dict[str, tuple[int, ...]] = {
     "no rows": (0, 3),
     "no rows of tokens": (0, 4, 2),
@@ -39,9 +39,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "tile": (2, TILE // 2, 2),
     "tile + 1": (3, 347, 2),
     "rows that straddle tiles": (3, 700, 3),
-    "a tile cut by N": (1, 497, 63),
+    "a tile cut by N": (1, SHORT_TILE + 1, 63),
     "most objectives": (2, 65, 64),
-    "most objectives, tile": (496, 64),
+    "most objectives, tile": (SHORT_TILE, 64),
     "one element short of two parts": (1, 32767, 1),
     "two parts": (64, 256, 2),
     "six parts, uneven": (7, 4683, 3),

@@ -38,39 +38,42 @@ std::atomic<const CpuKernels*>& active() {
   return kernels;
 }
 
-// What the parts have found: moments[n] and, as the level asks for it, a Gram matrix, shares or a guess. Two neighbours
-// are merged by the one that is done last, in the order of the tokens: so the bits are the same whichever that is, and
-// no thread reads all that others have written. In the end part 0 has all.
+// What a part has found: moments[n] and, as the level asks for it, shares or a guess.
+struct Part {
+  Moments moments[kMaxObjectives];
+  TokenShares shares;
+  Guess guess;
+};
+
+// What all parts have found. Two neighbours are merged by the one that is done last, in the order of the tokens: so the
+// bits are the same whichever that is, and no thread is left to read all that others have written, which takes the
+// longer beside their work, the more of them there are.
 class Found {
  public:
-  Found(const CombineParams& params, int64_t count)
-      : n(params.n), parts(count), grams(params.has_gram() ? n * n + 1 : 0), shared(params.level == Level::kToken) {
-    if (grams) gram.reset(new double[parts * grams]());
+  Found(const CombineParams& params, int64_t count) : p(params), parts(count), size(p.has_gram() ? p.n * p.n + 1 : 0) {
+    if (size) grams.reset(new double[parts * size]());
     if (parts == 1) return;
-    many_moments.reset(new Moments[parts * n]);
-    if (shared) many_shares.reset(new TokenShares[parts]);
-    if (!shared) many_guesses.reset(new Guess[parts]);
+    many_moments.reset(new Moments[parts * p.n]);
+    if (p.level == Level::kToken) many_shares.reset(new TokenShares[parts]);
+    if (p.level == Level::kBatch) many_guesses.reset(new Guess[parts]);
   }
 
-  Moments* moments(int64_t k) { return parts > 1 ? many_moments.get() + k * n : one.moments; }
-  TokenShares& shares(int64_t k) { return parts > 1 ? many_shares[k] : one.shares; }
-  Guess& guess(int64_t k) { return parts > 1 ? many_guesses[k] : one.guess; }
-  double* gram_of(int64_t k) { return grams ? gram.get() + k * grams : nullptr; }
-
-  // `find` fills the moments it is given, and the rest of part k.
+  // find(part, gram) fills both for part k.
   template <class F>
   void add(int64_t k, F find) {
-    Moments local[kMaxObjectives];  // in the same place for all parts of a thread
-    Moments* const mine = parts > 1 ? local : one.moments;
-    std::fill(mine, mine + n, Moments::empty());
-    if (shared) {
-      std::fill(shares(k).weights, shares(k).weights + n, 0.0);
-      shares(k).value = 0.0;
-      shares(k).used = 0;
+    Part local;  // near, and on cache lines that no other thread writes
+    Part& part = parts > 1 ? local : one;
+    std::fill(part.moments, part.moments + p.n, Moments::empty());
+    if (p.level == Level::kToken) {
+      std::fill(part.shares.weights, part.shares.weights + p.n, 0.0);
+      part.shares.value = 0.0;
+      part.shares.used = 0;
     }
-    find(mine);
+    find(part, gram(k));
     if (parts == 1) return;
-    std::copy(mine, mine + n, moments(k));
+    std::copy(part.moments, part.moments + p.n, moments(k));
+    if (p.level == Level::kToken) many_shares[k] = part.shares;
+    if (p.level == Level::kBatch) many_guesses[k] = part.guess;
     for (int64_t step = 1; step < parts; step *= 2) {
       const int64_t left = k / (2 * step) * (2 * step), right = left + step;
       if (right >= parts) continue;
@@ -79,29 +82,31 @@ class Found {
     }
   }
 
+  // Of part k, or of all.
+  Moments* moments(int64_t k = 0) { return parts > 1 ? many_moments.get() + k * p.n : one.moments; }
+  TokenShares& shares(int64_t k = 0) { return parts > 1 ? many_shares[k] : one.shares; }
+  double* gram(int64_t k = 0) { return size ? grams.get() + k * size : nullptr; }
+  const Guess& guess(int64_t k) { return parts > 1 ? many_guesses[k] : one.guess; }
+
  private:
   void merge_into(int64_t left, int64_t right) {
-    for (int i = 0; i < n; ++i) merge(moments(left)[i], moments(right)[i]);
-    for (int64_t e = 0; e < grams; ++e) gram_of(left)[e] += gram_of(right)[e];
-    if (!shared) return;
-    for (int i = 0; i < n; ++i) shares(left).weights[i] += shares(right).weights[i];
+    for (int i = 0; i < p.n; ++i) merge(moments(left)[i], moments(right)[i]);
+    if (p.level == Level::kBatch)  // elsewhere Gram matrices are those of the last pool
+      for (int64_t e = 0; e < size; ++e) gram(left)[e] += gram(right)[e];
+    if (p.level != Level::kToken) return;
+    for (int i = 0; i < p.n; ++i) shares(left).weights[i] += shares(right).weights[i];
     shares(left).value += shares(right).value;
     shares(left).used += shares(right).used;
   }
 
-  const int n;
-  const int64_t parts, grams;
-  const bool shared;
-  struct {
-    Moments moments[kMaxObjectives];
-    TokenShares shares;
-    Guess guess;
-  } one;  // the only part
+  const CombineParams& p;
+  const int64_t parts, size;  // of a Gram matrix and, behind it, the number of tokens with data
+  Part one;                   // if it is the only one
   std::unique_ptr<Moments[]> many_moments;
   std::unique_ptr<TokenShares[]> many_shares;
   std::unique_ptr<Guess[]> many_guesses;
-  std::unique_ptr<double[]> gram;
-  std::atomic_flag met[kMaxParts];  // whether one of the two that end at part k is there
+  std::unique_ptr<double[]> grams;
+  std::atomic_flag met[kMaxParts];  // whether one of the two that meet where part k begins is there
 };
 
 // The moments of the parts that are done, whichever they are: good enough for a guess. So nobody waits for them either:
@@ -114,10 +119,11 @@ class Done {
     for (int i = 0; i < n; ++i) merge(moments[i], part[i]);
     busy.clear(std::memory_order_release);
   }
-  void copy(Moments* to) {
-    if (busy.test_and_set(std::memory_order_acquire)) return std::fill(to, to + n, Moments::empty());
+  bool copy(Moments* to) {  // false: not now
+    if (busy.test_and_set(std::memory_order_acquire)) return false;
     std::copy(moments, moments + n, to);
     busy.clear(std::memory_order_release);
+    return true;
   }
 
  private:
@@ -212,9 +218,9 @@ class Run {
     std::optional<Done> done;
     if (parts > 1) done.emplace(p.n);
     for_parts(parallel_for, parts, units, [&](int64_t k, int64_t first, int64_t last) {
-      found.add(k, [&](Moments* moments) { observe(found, k, moments, first, last, done ? &*done : nullptr); });
+      found.add(k, [&](Part& part, double* gram) { observe(part, gram, first, last, done ? &*done : nullptr); });
     });
-    Moments* const moments = found.moments(0);
+    Moments* const moments = found.moments();
     C* packed = static_cast<C*>(p.packed);
     for (int i = 0; i < p.n; ++i) {
       moments[i].dead += dead[i];
@@ -225,9 +231,9 @@ class Run {
     double weights[kMaxObjectives];
     double value = 0.0;
     if (p.level == Level::kToken) {
-      value = mean_shares(found.shares(0), weights);
+      value = mean_shares(found.shares(), weights);
     } else {
-      value = solve_pool(p, moments, found.gram_of(0), weights);
+      value = solve_pool(p, moments, found.gram(), weights);
       weigh(found, parts, units, weights);
     }
     C* out = packed + kStatistics * p.n;
@@ -235,14 +241,14 @@ class Run {
     out[p.n] = static_cast<C>(value);
   }
 
-  void observe(Found& found, int64_t k, Moments* moments, int64_t first, int64_t last, Done* done) const {
-    if (p.level == Level::kToken) return kernels.tokens(p, first, last, moments, found.shares(k));
-    if (p.level != Level::kBatch) return kernels.pools(p, first, last, moments, found.gram_of(k));
-    if (!guesses()) return kernels.scan(p, first, last, moments, found.gram_of(k), nullptr, nullptr);
+  void observe(Part& part, double* gram, int64_t first, int64_t last, Done* done) const {
+    if (p.level == Level::kToken) return kernels.tokens(p, first, last, part.moments, part.shares);
+    if (p.level != Level::kBatch) return kernels.pools(p, first, last, part.moments, gram);
+    if (!guesses()) return kernels.scan(p, first, last, part.moments, gram, nullptr, nullptr);
     Moments others[kMaxObjectives];
-    if (done) done->copy(others);
-    kernels.scan(p, first, last, moments, nullptr, done ? others : nullptr, &found.guess(k));
-    if (done) done->add(moments);
+    const bool knows = done && done->copy(others);
+    kernels.scan(p, first, last, part.moments, gram, knows ? others : nullptr, &part.guess);
+    if (done) done->add(part.moments);
   }
 
   // Not where a combination would overwrite what is read, where units are groups, or where a solve takes long.
@@ -267,7 +273,7 @@ class Run {
     for_parts(parallel_for, parts_for(left * p.n, left), left, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t k = 0, at = 0; k < runs && at < end; at += sizes[k++]) {  // run k has the tokens [at, at + sizes[k])
         const int64_t first = std::max(begin - at, int64_t{0}), last = std::min(end - at, sizes[k]);
-        if (first < last) kernels.weigh(p, firsts[k] + first, firsts[k] + last, weights, found.moments(0));
+        if (first < last) kernels.weigh(p, firsts[k] + first, firsts[k] + last, weights, found.moments());
       }
     });
   }
@@ -328,9 +334,11 @@ bool Guess::look(const CombineParams& p, const Moments* others, const Moments* h
   Moments seen[kMaxObjectives];
   double now[kMaxObjectives];
   int weighted = 0;
-  for (int i = 0; i < p.n && others; ++i) {
-    seen[i] = others[i];
-    merge(seen[i], here[i]);
+  if (others) {
+    for (int i = 0; i < p.n; ++i) {
+      seen[i] = others[i];
+      merge(seen[i], here[i]);
+    }
   }
   solve(p, others ? seen : here, now);
   for (int i = 0; i < p.n; ++i) weighted += now[i] != 0.0;

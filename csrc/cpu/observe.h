@@ -36,7 +36,7 @@ class Observer {
 
   explicit Observer(const CombineParams& params)
       : p(params),
-        stride(Tile<C>::stride_for(params.n)),
+        stride(Tile<C>::stride_for(params.n, in_groups(params) ? kGroupTileBytes : kTileBytes)),
         floor(params.noon ? C{0} : -kInf),
         propagate(M{} - (params.propagate ? 1 : 0)),
         near(prefetches_near(2 * kTileBytes)),
@@ -55,6 +55,11 @@ class Observer {
   // To be inlined early: GCC 12 takes a function that only prefetches for one without effect, and drops calls of it.
   static constexpr auto near_by = [](const char* x) __attribute__((always_inline)) { __builtin_prefetch(x); };
   static constexpr auto further = [](const char* x) __attribute__((always_inline)) { __builtin_prefetch(x, 0, 2); };
+
+  // At level token the stride is known to the compiler.
+  static bool in_groups(const CombineParams& params) {
+    return params.normalize.by == Pool::kGroup && params.level != Level::kToken;
+  }
 
   bool keeps_sign(int i) const { return scale[i] > 0 && scale[i] < kInf; }
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }

@@ -23,8 +23,9 @@ inline void fill(T* x, int first, int last, U value) {
 
 // A tile, what it is loaded from or the next (see prefetches_near), and what stands beside the objectives fit a
 // first-level cache of 48 KB together; but of many objectives a tile is not so short that what there is to do once for
-// each tile and objective would count.
-constexpr int kTileBytes = 17 * 1024, kTileTokens = 1040, kShortestBytes = 1536;
+// each tile and objective would count. Where groups are normalised, 16 of 32 tokens and 10 objectives are one tile.
+constexpr int kTileBytes = 17 * 1024, kGroupTileBytes = 21 * 1024, kTileTokens = 1040, kShortestBytes = 1536;
+static_assert(2 * kTileBytes > 32 * 1024);  // where prefetching into the first-level cache was slower than none
 
 // Objective i, token t of the tile stands at [i * stride + t]. Entries beyond the tile's last token are not valid.
 template <class C>
@@ -54,8 +55,8 @@ struct Tile {
 
   // An odd number of cache lines of floats, so that the objectives of a token do not compete for one place in the
   // cache.
-  static int stride_for(int n) {
-    const int fits = kTileBytes / static_cast<int>(sizeof(C)) / n;
+  static int stride_for(int n, int bytes = kTileBytes) {
+    const int fits = bytes / static_cast<int>(sizeof(C)) / n;
     return (((smaller(kTileTokens, larger(fits, kShortest))) / 16 - 1) | 1) * 16;
   }
 };
