@@ -21,9 +21,9 @@ inline void fill(T* x, int first, int last, U value) {
   for (int k = first; k < last; ++k) x[k] = value;
 }
 
-// A tile, what it is loaded from or the next (see prefetches_near), and what stands beside the objectives fit a
-// first-level cache of 48 KB together; but of many objectives a tile is not so short that what there is to do once for
-// each tile and objective would count. Where groups are normalised, 16 of 32 tokens and 10 objectives are one tile.
+// A tile of floats, what it is loaded from or the next (see prefetches_near), and what stands beside the objectives fit
+// a first-level cache of 48 KB together; but of many objectives a tile is not so short that what there is to do once
+// for each tile and objective would count. Where groups are normalised, 16 of 32 tokens and 10 objectives are one tile.
 constexpr int kTileBytes = 17 * 1024, kGroupTileBytes = 21 * 1024, kTileTokens = 1040, kShortestBytes = 1536;
 static_assert(2 * kTileBytes > 32 * 1024);  // where prefetching into the first-level cache was slower than none
 
