@@ -23,6 +23,7 @@ class Kernel : Streamer<C> {
   using Streamer<C>::keep;
   using Streamer<C>::known;
   using Streamer<C>::kLanes;
+  using Streamer<C>::kLine;
   using Streamer<C>::lanes;
   using Streamer<C>::lower_gates;
   using Streamer<C>::many;
@@ -230,7 +231,7 @@ class Kernel : Streamer<C> {
     };
     const bool solves = p.level == Level::kToken && can_be_plain && solves_plainly();
     const char* const nothing = reinterpret_cast<const char*>(tile.valid);  // is near, and not shorter
-    tile.ahead_step = kLanes * sizeof(S);
+    tile.ahead_step = kLine * sizeof(S);
     tile.late_many = adjacent && solves ? p.n / 5 : 0;
     const int early = p.n - tile.late_many;
     for (int i = 0; i < p.n; ++i) tile.ahead[i] = share(i * early / p.n);

@@ -20,6 +20,7 @@ class Combiner : protected Observer<C> {
   using Observer<C>::gated_at;
   using Observer<C>::kInf;
   using Observer<C>::kLanes;
+  using Observer<C>::kLine;
   using Observer<C>::lanes;
   using Observer<C>::near_by;
   using Observer<C>::normalizer;
@@ -202,8 +203,8 @@ class Combiner : protected Observer<C> {
         combined = valid.add(combined, a[i] * even);  // chosen after it is rounded, as in solve_tokens: no FMA
       }
 #pragma GCC unroll 16
-      for (int i = 0; i < n; ++i) at_low = open.equal(a[i], low).add(at_low, M{} + 1);
-      each = kN ? inverse(at_low) : 1 / __builtin_convertvector(at_low, V);
+      for (int i = 0; i < n; ++i) at_low = open.equal(a[i], low).add_one(at_low);
+      each = kN ? inverse<kMost>(at_low) : 1 / __builtin_convertvector(at_low, V);
 #pragma GCC unroll 16
       for (int i = 0; i < n; ++i) share[i] = open.equal(a[i], low).add(share[i], each);
       value = open.add(value, low);
@@ -250,8 +251,11 @@ class Combiner : protected Observer<C> {
       fetch(gates), fetch(mask);
       for (int j = 0; j < late_many; ++j) fetch(next + j * ahead_step);
     };
-    for (int k = 0; k < count; k += kLanes, gates += ahead_step, mask += ahead_step, next += late_many * ahead_step) {
-      near ? fetch_all(near_by) : fetch_all(further);
+    for (int k = 0; k < count; k += kLanes) {
+      if (k % kLine == 0) {
+        near ? fetch_all(near_by) : fetch_all(further);
+        gates += ahead_step, mask += ahead_step, next += late_many * ahead_step;
+      }
       const Where<V, M> valid(vec(tile.valid + k)), open(vec(tile.not_above + k));
       V a[kMost];
 #pragma GCC unroll 16

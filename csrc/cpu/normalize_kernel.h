@@ -273,11 +273,7 @@ class Normalizer {
     V places[kSize];
     for (int j = 0; j < kSize; j += kPart) {
       V rows[kPart];
-      if constexpr (kPart == kSize) {
-        memcpy(rows, from, sizeof rows);
-      } else {
-        for (int l = 0; l < kLanes; ++l) rows[l] = vector_at(from + l * kSize + j);
-      }
+      load_rows<kPart, C>(from + j, kSize, rows);
       part<kPart, C>(rows, [&](int place, V x) { places[j + place] = x; });
     }
     side_by_side<kSize>(i, first, kLanes, places, kSize, total);

@@ -22,7 +22,7 @@ class Observer {
   using V = typename Simd<C>::V;
   using M = typename Simd<C>::M;
   using I = typename Simd<C>::I;
-  static constexpr int kLanes = Simd<C>::lanes;
+  static constexpr int kLanes = Simd<C>::lanes, kLine = 64 / static_cast<int>(sizeof(C));
   static constexpr C kInf = std::numeric_limits<C>::infinity();
 
   static V& vec(C* x) { return *reinterpret_cast<V*>(x); }
@@ -169,10 +169,10 @@ class Observer {
       high = valid.higher(entry, high);
       active = open.add(active, advantage);
       if (kScaled) {
-        counts = valid.nonzero((M)part).add(counts, M{} + 1);
-        counts = open.nonzero((M)advantage).add(counts, M{} + kOpen);
+        counts = valid.add_if_positive(counts, M{} + 1, (M)part);
+        counts = open.add_if_positive(counts, M{} + kOpen, (M)advantage);
       } else {
-        counts = valid.nonzero((M)part).add(counts, both);
+        counts = valid.add_if_positive(counts, both, (M)part);
       }
       return advantage;
     }
@@ -199,7 +199,7 @@ class Observer {
 
  private:
   // As many as there are registers for.
-  static constexpr int kTogether = PAMA_VECTOR_BYTES == 64 ? 3 : 1;
+  static constexpr int kTogether = PAMA_VECTOR_BYTES == 64 ? 3 : PAMA_VECTOR_BYTES == 32 ? 2 : 1;
 
   // Of kMany objectives from i on. kNormal: what goes on from here is tile.normal; else it is `x` itself.
   template <Keep kKeep, bool kNormal, int kMany>
@@ -291,8 +291,11 @@ class Observer {
 #pragma GCC unroll 4
       for (int j = 0; j < kMany; ++j) fetch(ahead_of[j] + ahead);
     };
-    for (int k = 0; k < count; k += kLanes, ahead += ahead_step) {
-      near ? fetch_all(near_by) : fetch_all(further);
+    for (int k = 0; k < count; k += kLanes) {
+      if (k % kLine == 0) {
+        near ? fetch_all(near_by) : fetch_all(further);
+        ahead += ahead_step;
+      }
       const Where<V, M> valid(vec(tile.valid + k)), open(vec(tile.not_above + k));
       const M both = counted(open);
 #pragma GCC unroll 4

@@ -39,24 +39,6 @@ inline T larger(T a, T b) {
   return a > b ? a : b;
 }
 
-// What a loop needs of a mask: where it is set x, else 0 (only) or y (either); the smaller or larger of x and y, or y +
-// x, else y; and the mask of what is set where a comparison holds, too. A product that is added is rounded first.
-template <class V, class M>
-struct Where {
-  M mask;
-
-  explicit Where(M m) : mask(m) {}
-  V only(V x) const { return (V)((M)x & mask); }
-  V either(V x, V y) const { return mask < M{} ? x : y; }
-  V lower(V x, V y) const { return smaller(mask < M{} ? x : y, y); }
-  V higher(V x, V y) const { return larger(mask < M{} ? x : y, y); }
-  V add(V y, V x) const { return y + only(x); }
-  M add(M y, M x) const { return y + (x & mask); }
-  Where equal(V x, V y) const { return Where(mask & (x == y)); }
-  Where nonzero(M x) const { return Where(mask & (x != M{})); }
-  Where without(Where other) const { return Where(mask & ~other.mask); }
-};
-
 // Unsigned numbers, one to a lane.
 template <class M, class U>
 inline M widened(const U* from) {
@@ -65,8 +47,44 @@ inline M widened(const U* from) {
   return x;
 }
 
-// 1 / count, of counts from 1 to 16.
 template <class M>
+inline int set_lanes(M mask) {
+  int set = 0;
+  for (unsigned l = 0; l < sizeof(M) / sizeof mask[0]; ++l) set -= static_cast<int>(mask[l]);
+  return set;
+}
+
+// x where `of`, which is not negative, is not 0 either.
+template <class M>
+inline M if_positive(M of, M x) {
+  return x & (of > M{});
+}
+
+// What a loop needs of a mask: where it is set x, else 0 (only) or y (either); the smaller or larger of x and y, or y +
+// x, or y + 1, else y; the mask of what is set where a comparison holds, too; and how many lanes are. A product that is
+// added is rounded first.
+template <class V, class M>
+struct Where {
+  M mask;
+
+  explicit Where(M m) : mask(m) {}
+  V only(V x) const { return (V)((M)x & mask); }
+  V either(V x, V y) const { return mask < M{} ? x : y; }
+  V lower(V x, V y) const { return smaller((V)((M)x | ~mask), y); }  // NaN where it is not set
+  V higher(V x, V y) const { return larger((V)((M)x | ~mask), y); }
+  V add(V y, V x) const { return y + only(x); }
+  M add(M y, M x) const { return y + (x & mask); }
+  M add_one(M y) const { return y - mask; }
+  M add_if_positive(M y, M x, M of) const { return y + if_positive(of, x & mask); }  // `of` is not negative
+  Where equal(V x, V y) const { return Where(mask & (x == y)); }
+  Where at_most(V x, V y) const { return Where(mask & (x <= y)); }
+  static Where nonzero(const uint8_t* bytes) { return Where(widened<M>(bytes) > M{}); }
+  Where without(Where other) const { return Where(mask & ~other.mask); }
+  int count() const { return set_lanes(mask); }
+};
+
+// 1 / count, of counts from 1 to kMost, which is at most 16.
+template <int kMost, class M>
 inline auto inverse(M count) {
   using V = std::conditional_t<sizeof(count[0]) == 4, Floats, Doubles>;
   return 1 / __builtin_convertvector(count, V);
@@ -75,6 +93,7 @@ inline auto inverse(M count) {
 #if PAMA_VECTOR_BYTES == 64
 
 // As a table, whose index has four bits.
+template <int kMost>
 inline Floats inverse(Ints count) {
   constexpr Floats table{1 / 16.f, 1,       1 / 2.f,  1 / 3.f,  1 / 4.f,  1 / 5.f,  1 / 6.f,  1 / 7.f,
                          1 / 8.f,  1 / 9.f, 1 / 10.f, 1 / 11.f, 1 / 12.f, 1 / 13.f, 1 / 14.f, 1 / 15.f};
@@ -110,7 +129,10 @@ struct Where<Floats, Ints> {
   Ints add(Ints y, Ints x) const { return (Ints)_mm512_mask_add_epi32((__m512i)y, mask, (__m512i)y, (__m512i)x); }
   Where equal(Floats x, Floats y) const { return Where(_mm512_mask_cmp_ps_mask(mask, x, y, _CMP_EQ_OQ)); }
   Where at_most(Floats x, Floats y) const { return Where(_mm512_mask_cmp_ps_mask(mask, x, y, _CMP_LE_OQ)); }
-  Where nonzero(Ints x) const { return Where(_mm512_mask_test_epi32_mask(mask, (__m512i)x, (__m512i)x)); }
+  Ints add_one(Ints y) const { return add(y, Ints{} + 1); }
+  Ints add_if_positive(Ints y, Ints x, Ints of) const {
+    return Where(_mm512_mask_test_epi32_mask(mask, (__m512i)of, (__m512i)of)).add(y, x);
+  }
   static Where nonzero(const uint8_t* bytes) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
     return Where(static_cast<__mmask16>(_mm_test_epi8_mask(x, x)));
@@ -132,7 +154,10 @@ struct Where<Doubles, Longs> {
   Longs add(Longs y, Longs x) const { return (Longs)_mm512_mask_add_epi64((__m512i)y, mask, (__m512i)y, (__m512i)x); }
   Where equal(Doubles x, Doubles y) const { return Where(_mm512_mask_cmp_pd_mask(mask, x, y, _CMP_EQ_OQ)); }
   Where at_most(Doubles x, Doubles y) const { return Where(_mm512_mask_cmp_pd_mask(mask, x, y, _CMP_LE_OQ)); }
-  Where nonzero(Longs x) const { return Where(_mm512_mask_test_epi64_mask(mask, (__m512i)x, (__m512i)x)); }
+  Longs add_one(Longs y) const { return add(y, Longs{} + 1); }
+  Longs add_if_positive(Longs y, Longs x, Longs of) const {
+    return Where(_mm512_mask_test_epi64_mask(mask, (__m512i)of, (__m512i)of)).add(y, x);
+  }
   static Where nonzero(const uint8_t* bytes) {
     const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
     return Where(static_cast<__mmask8>(_mm_test_epi8_mask(x, x)));
@@ -143,9 +168,31 @@ struct Where<Doubles, Longs> {
 
 #elif PAMA_VECTOR_BYTES == 32
 
+// As tables, whose index has three bits; the fourth chooses among two.
+template <int kMost>
+inline Floats inverse(Ints count) {
+  constexpr Floats few{1 / (kMost > 8 ? 16.f : 8.f), 1, 1 / 2.f, 1 / 3.f, 1 / 4.f, 1 / 5.f, 1 / 6.f, 1 / 7.f};
+  constexpr Floats many{1 / 8.f, 1 / 9.f, 1 / 10.f, 1 / 11.f, 1 / 12.f, 1 / 13.f, 1 / 14.f, 1 / 15.f};
+  const Floats found = _mm256_permutevar8x32_ps(few, (__m256i)count);
+  if constexpr (kMost <= 8) return found;
+  return count << 28 < Ints{} ? (Floats)_mm256_permutevar8x32_ps(many, (__m256i)count) : found;
+}
+
 template <>
 inline Ints widened<Ints>(const uint8_t* from) {
   return (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+}
+template <>
+inline Ints if_positive(Ints of, Ints x) {
+  return (Ints)_mm256_sign_epi32((__m256i)x, (__m256i)of);
+}
+template <>
+inline int set_lanes(Ints mask) {
+  return __builtin_popcount(_mm256_movemask_ps((__m256)mask));
+}
+template <>
+inline int set_lanes(Longs mask) {
+  return __builtin_popcount(_mm256_movemask_pd((__m256d)mask));
 }
 
 inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }

@@ -24,6 +24,7 @@ class Streamer : protected Combiner<C> {
   using Combiner<C>::gapless;
   using Combiner<C>::kInf;
   using Combiner<C>::kLanes;
+  using Combiner<C>::kLine;
   using Combiner<C>::known;
   using Combiner<C>::lanes;
   using Combiner<C>::many;
@@ -35,7 +36,7 @@ class Streamer : protected Combiner<C> {
   using Combiner<C>::wanted;
   using Combiner<C>::weight;
 
-  static constexpr int kFew = PAMA_VECTOR_BYTES == 64 ? 4 : 0;  // objectives: as many as there are registers for
+  static constexpr int kFew = PAMA_VECTOR_BYTES >= 32 ? 4 : 0;  // objectives
 
   explicit Streamer(const CombineParams& params)
       : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {
@@ -69,8 +70,8 @@ class Streamer : protected Combiner<C> {
   const bool adjacent;
 
  private:
-  static constexpr int kNear = 1 << 20;    // bytes: what is not larger may be in a cache of the core
-  static constexpr int kAhead = 8 * 1024;  // bytes of the advantages
+  static constexpr int kNear = 1 << 20;                   // bytes: what is not larger may be in a cache of the core
+  static constexpr int kAhead = 128 * PAMA_VECTOR_BYTES;  // bytes of the advantages
 
   template <int kN, class S>
   bool walk(int64_t t, int count, Moments* m, bool combine, TokenShares* shares, C* out) {
@@ -85,8 +86,9 @@ class Streamer : protected Combiner<C> {
     using Mask = Where<V, M>;
     // Vector r of the objectives side by side, or of objective r.
     const S* row[kN];
-    const int step = adjacent ? kN : 1;
+    const int step = adjacent ? kN : 1, apart = step * kBlock<C>;
     const bool side_by_side = adjacent;
+    const int between = adjacent ? kLine - kBlock<C> : 0;  // what two lines are further apart than two rows
     // What is not there, or not so, is made up, so that the loop need not ask.
     alignas(64) S none[kTileTokens];
     alignas(64) int8_t set[kTileTokens];
@@ -114,7 +116,7 @@ class Streamer : protected Combiner<C> {
     int valid_count = 0, active_count = 0;
 #pragma GCC unroll 4
     for (int i = 0; i < kN; ++i) {
-      row[i] = side_by_side ? pama::PAMA_ISA::at<const S>(p.advantages[0], 0, t) + i * kLanes
+      row[i] = side_by_side ? pama::PAMA_ISA::at<const S>(p.advantages[0], 0, t) + i * kBlock<C>
                             : pama::PAMA_ISA::at<const S>(p.advantages[i], 0, t);
       sums[i].clear();
       centre[i] = centre_of(m[i].mean);
@@ -129,9 +131,9 @@ class Streamer : protected Combiner<C> {
     }
     constexpr int64_t kTokensAhead = kAhead / sizeof(S) / kN;
     for (int k = 0; k < count; k += kLanes) {
-      if (distant) {
+      if (distant && k % kLine == 0) {
 #pragma GCC unroll 4
-        for (int r = 0; r < kN; ++r) __builtin_prefetch(row[r] + (k + kTokensAhead) * step);
+        for (int r = 0; r < kN; ++r) __builtin_prefetch(row[r] + (k + kTokensAhead) * step + r * between);
         __builtin_prefetch(log_ratio + k + kTokensAhead);
       }
       const Mask valid = Mask::nonzero(mask + k), open = valid.at_most(load_vector<C>(log_ratio + k), high);
@@ -139,7 +141,7 @@ class Streamer : protected Combiner<C> {
       valid_count += valid.count();
       V rows[kN], a[kN], combined{};
 #pragma GCC unroll 4
-      for (int r = 0; r < kN; ++r) a[r] = rows[r] = load_vector<C>(row[r] + k * step);
+      for (int r = 0; r < kN; ++r) a[r] = rows[r] = load_blocks<C>(row[r] + k * step, apart);
       if (side_by_side) part<kN, C>(rows, [&](int i, V entry) { a[i] = entry; });
 #pragma GCC unroll 4
       for (int i = 0; i < kN; ++i) {

@@ -42,7 +42,7 @@ struct Tile {
   alignas(64) I not_below[kTileTokens];  // log_ratio >= log(1 - clip_low); only if lower gates are loaded
   alignas(64) C out[kTileTokens + 16];
   alignas(64) C normal[kTileTokens];  // one objective, normalised
-  // What to prefetch, with each vector ahead_step bytes further. While objective i is observed: a share of the next
+  // What to prefetch, with each line of C ahead_step bytes further. While objective i is observed: a share of the next
   // tile, and while the first is, where the combination of this one goes. Gates and mask of the next: also then or, if
   // tokens are solved after that, while they are, with the last late_many shares.
   struct Beside {
@@ -96,7 +96,12 @@ inline S* at(const Plane& q, int64_t row, int64_t col) {
 template <class C>
 using Places = std::make_integer_sequence<int, Simd<C>::lanes>;
 
-// Where the entries of a vector stood, counted from the first of the vectors loaded.
+// Entries are moved within blocks of so many lanes. With AVX2 these are half a vector, since few of its instructions
+// move any across; then the halves are loaded one by one, of tokens that are as many apart.
+template <class C>
+constexpr int kBlock = (PAMA_VECTOR_BYTES == 32 ? 16 : PAMA_VECTOR_BYTES) / static_cast<int>(sizeof(C));
+
+// Where the entries of a block stood, counted from the first of the vectors loaded.
 template <int kLanes>
 struct Held {
   static constexpr int lanes = kLanes;
@@ -126,13 +131,22 @@ constexpr Held<kLanes> in_place(Held<kLanes> held, int apart, int step, int firs
   return held;
 }
 
+// Of two vectors of kAll lanes, the lane `from` of a block of the first or, beyond kLanes, of the second, as `lane`
+// finds it in its own block.
+template <int kLanes, int kAll>
+constexpr int in_block(int lane, int from) {
+  return lane / kLanes * kLanes + (from < kLanes ? from : kAll + from - kLanes);
+}
+
 // A vector with these entries.
 template <int kMany, int kApart, auto kWanted, class V, int... kLane>
 inline __attribute__((always_inline)) V choose_in_place(const V* rows, std::integer_sequence<int, kLane...>) {
+  constexpr int lanes = kWanted.lanes, all = sizeof...(kLane);
   V found = rows[0];
   auto choose = [&]<int kRow>() {
-    found = __builtin_shufflevector(found, rows[kRow],
-                                    (kWanted.place[kLane] / kApart == kRow ? kWanted.lanes + kLane : kLane)...);
+    found = __builtin_shufflevector(
+        found, rows[kRow],
+        in_block<lanes, all>(kLane, (kWanted.place[kLane % lanes] / kApart == kRow ? lanes : 0) + kLane % lanes)...);
   };
   [&]<int... kRow>(std::integer_sequence<int, kRow...>) {
     (choose.template operator()<kRow + 1>(), ...);
@@ -143,8 +157,11 @@ inline __attribute__((always_inline)) V choose_in_place(const V* rows, std::inte
 // Of two vectors, kApart places apart, of which the first holds kHeld, the entries kWanted.
 template <int kApart, auto kHeld, auto kWanted, class V, int... kLane>
 inline __attribute__((always_inline)) V permute(V a, V b, std::integer_sequence<int, kLane...>) {
+  constexpr int lanes = kWanted.lanes, all = sizeof...(kLane);
   return __builtin_shufflevector(
-      a, b, (kWanted.place[kLane] / kApart * kHeld.lanes + kHeld.lane_of(kWanted.place[kLane] % kApart))...);
+      a, b,
+      in_block<lanes, all>(kLane, kWanted.place[kLane % lanes] / kApart * lanes +
+                                      kHeld.lane_of(kWanted.place[kLane % lanes] % kApart))...);
 }
 
 // The smallest odd prime factor; of a power of two, 2.
@@ -160,7 +177,7 @@ constexpr int next_factor(int n) {
 template <int kLeft, int kStep, int kFirst, auto kHeld, bool kAll, class V, class F>
 inline __attribute__((always_inline)) void part_further(const V* rows, F f) {
   constexpr int lanes = kHeld.lanes, apart = lanes * kStep, q = next_factor(kLeft);
-  constexpr std::make_integer_sequence<int, lanes> each{};
+  constexpr std::make_integer_sequence<int, sizeof(V) / sizeof rows[0][0]> each{};
   if constexpr (kLeft == 1) {
     constexpr auto ordered = every<lanes>(kStep, kFirst);
     f(kFirst, kHeld == ordered ? rows[0] : permute<apart, kHeld, ordered>(rows[0], rows[0], each));
@@ -192,14 +209,14 @@ inline __attribute__((always_inline)) void part_further(const V* rows, F f) {
 // first: what is wanted is chosen in place (blends, which more ports make), and put in order by what follows.
 template <int N, class C, class F>
 inline __attribute__((always_inline)) void part(const typename Simd<C>::V* rows, F f) {
-  part_further<N, 1, 0, every<Simd<C>::lanes>(1, 0), true>(rows, f);
+  part_further<N, 1, 0, every<kBlock<C>>(1, 0), true>(rows, f);
 }
 
 // Of the same, one vector: of the objective that comes first.
 template <int N, class C>
 inline __attribute__((always_inline)) auto first_of(const typename Simd<C>::V* rows) {
   typename Simd<C>::V found;
-  part_further<N, 1, 0, every<Simd<C>::lanes>(1, 0), false>(rows, [&](int, typename Simd<C>::V x) { found = x; });
+  part_further<N, 1, 0, every<kBlock<C>>(1, 0), false>(rows, [&](int, typename Simd<C>::V x) { found = x; });
   return found;
 }
 
@@ -207,6 +224,54 @@ inline __attribute__((always_inline)) auto first_of(const typename Simd<C>::V* r
 template <class S, class C>
 inline __attribute__((always_inline)) void load_run(const S* __restrict src, int64_t step, int m, C* __restrict dst) {
   for (int k = 0; k < m; ++k) dst[k] = Storage<S>::load(src[k * step]);
+}
+
+template <class V, class S>
+inline __attribute__((always_inline)) V load_as(const S* src) {
+  V x;
+  using C = std::remove_reference_t<decltype(x[0])>;
+  if constexpr (std::is_same_v<S, C>) {
+    memcpy(&x, src, sizeof x);
+  } else {
+    alignas(V) C flat[sizeof x / sizeof(C)];
+    load_run(src, 1, sizeof x / sizeof(C), flat);
+    memcpy(&x, flat, sizeof x);
+  }
+  return x;
+}
+
+template <class C, class S>
+inline auto load_vector(const S* src) {
+  return load_as<typename Simd<C>::V>(src);
+}
+
+// A vector whose blocks stand so many elements apart.
+template <class C, class S>
+inline __attribute__((always_inline)) auto load_blocks(const S* src, int64_t apart) {
+  if constexpr (kBlock<C> == Simd<C>::lanes) {
+    return load_vector<C>(src);
+  } else {
+    typedef C Half __attribute__((vector_size(sizeof(C) * kBlock<C>)));
+    const Half low = load_as<Half>(src), high = load_as<Half>(src + apart);
+    return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
+      return (typename Simd<C>::V)__builtin_shufflevector(low, high, kLane...);
+    }(Places<C>());
+  }
+}
+
+// A vector of tokens, as part() wants them: N entries of each, and `step` elements to the next, which are N unless a
+// token is whole blocks.
+template <int N, class C, class S>
+inline __attribute__((always_inline)) void load_rows(const S* src, int64_t step, typename Simd<C>::V* rows) {
+  constexpr int block = kBlock<C>, blocks = N / block;  // a token
+#pragma GCC unroll 16
+  for (int r = 0; r < N; ++r) {
+    if constexpr (N % block == 0) {
+      rows[r] = load_blocks<C>(src + r / blocks * step + r % blocks * block, block * step);
+    } else {
+      rows[r] = load_blocks<C>(src + r * block, block * N);
+    }
+  }
 }
 
 // Every kStep-th entry by shuffles of whole vectors; not at the last tokens, behind which nothing might be. One copy of
@@ -217,8 +282,7 @@ __attribute__((noinline)) void load_every(const S* __restrict src, int m, C* __r
   int k = 0;
   for (; std::is_same_v<S, C> && k + lanes < m; k += lanes) {
     typename Simd<C>::V rows[kStep];
-#pragma GCC unroll 16
-    for (int r = 0; r < kStep; ++r) memcpy(&rows[r], src + k * kStep + r * lanes, sizeof rows[r]);
+    load_rows<kStep, C>(src + k * kStep, kStep, rows);
     const auto x = first_of<kStep, C>(rows);
     memcpy(dst + k, &x, sizeof x);
   }
@@ -235,19 +299,6 @@ void load_plane(const Params& p, const Plane& q, int64_t first, int count, C* ds
       if (!known) load_run(src, q.col, m, dst + done);
     }(std::make_integer_sequence<int, 15>());
   });
-}
-
-template <class C, class S>
-inline auto load_vector(const S* src) {
-  typename Simd<C>::V x;
-  if constexpr (std::is_same_v<S, C>) {
-    memcpy(&x, src, sizeof x);
-  } else {
-    alignas(typename Simd<C>::V) C flat[Simd<C>::lanes];
-    load_run(src, 1, Simd<C>::lanes, flat);
-    memcpy(&x, flat, sizeof x);
-  }
-  return x;
 }
 
 template <class S, class C, class Params>
@@ -272,15 +323,7 @@ void deinterleave(const S* __restrict src, int64_t step, int m, C* __restrict ds
   int k = 0;
   for (; k + lanes <= m; k += lanes) {
     V rows[N];
-#pragma GCC unroll 16
-    for (int r = 0; r < N; ++r) {
-      if constexpr (N % lanes == 0) {
-        constexpr int vectors = N / lanes;  // a token
-        rows[r] = load_vector<C>(src + (k + r / vectors) * step + r % vectors * lanes);
-      } else {
-        rows[r] = load_vector<C>(src + k * N + r * lanes);
-      }
-    }
+    load_rows<N, C>(src + k * step, step, rows);
     part<N, C>(rows, [&](int i, V x) { memcpy(dst + i * stride + k, &x, sizeof x); });
   }
   for (; k < m; ++k)
