@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import pytest
 import released
 import torch
+from doors import on_threads
 
 from bench import runner, suites
 from bench.baselines import eager, eager_loss, peers
@@ -119,6 +121,36 @@ def test_bytes_are_counted_read_by_read():
     assert sum(build(loss, "build_value").moved.values()) == 240 * (3 * 3 * 4 + 3 * 3 * 4 + 1)
 
 
+@pytest.mark.usefixtures("uncompiled")
+def test_one_thread_is_timed_where_several_share_the_work(monkeypatch):
+    def candidates(threads):
+        return on_threads(threads, lambda: build(combine, shape=(4, 5, 3)).candidates.keys())
+
+    assert combine.ALONE not in candidates(2)
+    monkeypatch.setattr(combine, "SHARED", 60)
+    assert combine.ALONE in candidates(2)
+    assert combine.ALONE not in candidates(1)
+
+
+def test_threads_are_judged_wherever_they_share_the_work():
+    for workload in combine.SUITE:
+        shares = math.prod(workload.build.keywords["shape"]) >= combine.SHARED
+        assert (combine.THREADS_GATE in workload.gates) == shares, workload.name
+
+
+def test_one_thread_is_one_thread_and_then_there_are_all_again():
+    def fails():
+        raise ValueError(torch.get_num_threads())
+
+    def threads_in_and_behind():
+        inside = combine.on_one_thread(torch.get_num_threads)()
+        with pytest.raises(ValueError, match=r"^1$"):
+            combine.on_one_thread(fails)()
+        return inside, torch.get_num_threads()
+
+    assert on_threads(2, threads_in_and_behind) == (1, 2)
+
+
 def small(workload):
     """The names of a workload's candidates, from a build of few elements."""
     options = dict(workload.build.keywords)
@@ -135,12 +167,13 @@ def small(workload):
 @PEERS
 @pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("name", suites.NAMES)
-def test_gates_name_candidates_that_exist(name):
+def test_gates_name_candidates_that_exist(name, monkeypatch):
+    monkeypatch.setattr(combine, "SHARED", 0)
     workloads = suites.load(name)
     assert len({(w.name, w.device) for w in workloads}) == len(workloads)
     for workload in workloads:
         if workload.gates:
-            known = small(workload) | {COPY}
+            known = on_threads(2, functools.partial(small, workload)) | {COPY}
             for gate in workload.gates:
                 assert gate.names - known <= ({combine.EMPTY} if gate.device == "cuda" else set()), workload.name
                 assert gate.view in ("host", "cold") or gate.device == "cuda"

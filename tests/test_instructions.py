@@ -79,6 +79,22 @@ def test_groups_of_every_size(instructions, size, level, dtype):
             torch.testing.assert_close(ours, theirs, msg=name)  # with and without a look at the mask
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 16, 17, 31, 64])
+def test_the_last_tokens_are_those_of_their_objective(instructions, n, dtype):
+    """Vectors end within a tensor: wherever that is, a token's entries are its own, and what follows is not read."""
+    tokens = 40  # more than two vectors of any kind
+    wide = torch.full((2 + tokens + 2, n), torch.nan, dtype=dtype)
+    for length in range(1, tokens + 1):
+        advantages = wide[2 : 2 + length]
+        advantages.copy_(torch.arange(length * n).view(length, n) % 251 - 100)
+        for i in {0, 1, n - 1}:
+            picked = combine(advantages, noon=False, solver="fixed", reward_weights=torch.eye(n)[i])
+            assert_same_bits(picked.advantages, advantages[:, i].clone())
+            assert picked.stats.min.tolist() == advantages.min(0).values.tolist()
+            assert picked.stats.max.tolist() == advantages.max(0).values.tolist()
+
+
 @pytest.mark.parametrize("n", [*range(1, 18), 31, 32, 33, 63, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_objectives_beside_each_other_are_parted(instructions, dtype, n):

@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import subprocess
+from collections import Counter
 
 import pytest
 
@@ -30,16 +31,16 @@ pytestmark = pytest.mark.skipif(
 
 
 @functools.cache
-def prefetches(module: str) -> dict[str, set[str]]:
+def prefetches(module: str) -> dict[str, Counter[str]]:
     """The prefetch instructions in each function of a module, by its name; without the parts that GCC calls cold."""
     command = ["objdump", "--disassemble", "--demangle", "--no-show-raw-insn", module]
-    found: dict[str, set[str]] = {}
+    found: dict[str, Counter[str]] = {}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as listing:
         assert listing.stdout is not None
-        here: set[str] = set()
+        here: Counter[str] = Counter()
         for line in listing.stdout:
             if match := FUNCTION.match(line):
-                here = set()
+                here = Counter()
                 if ".cold" not in match["name"]:
                     found[match["name"]] = here
             else:
@@ -48,12 +49,12 @@ def prefetches(module: str) -> dict[str, set[str]]:
     return found
 
 
-def functions_of(loop: str, kernels: str, module: str = _C.__file__) -> dict[str, set[str]]:
+def functions_of(loop: str, kernels: str, module: str = _C.__file__) -> dict[str, Counter[str]]:
     """Those that hold a loop of one instruction set, whatever it was compiled for; all, where it is not by itself."""
     of_kernels = {name: found for name, found in prefetches(module).items() if f"pama::{kernels}::" in name}
     named = re.compile(rf"\bpama::{kernels}::\w+<\w+>::{loop}\b")
     return {name: found for name, found in of_kernels.items() if named.search(name)} or {
-        "all": set().union(*of_kernels.values())
+        "all": sum(of_kernels.values(), Counter())
     }
 
 
@@ -70,4 +71,17 @@ def functions_of(loop: str, kernels: str, module: str = _C.__file__) -> dict[str
 )
 def test_the_next_tile_is_prefetched(loop, kernels):
     for name, found in functions_of(loop, kernels).items():
-        assert found >= LOOPS[loop], name
+        assert found.keys() >= LOOPS[loop], name
+
+
+@pytest.mark.parametrize(("kernels", "most"), [("avx2", 6), ("avx512", 4)])
+def test_the_walk_asks_for_each_objective_and_for_what_stands_beside_them(kernels, most):
+    """A line of each, the gates' among them, in each of its forms."""
+    seen = set()
+    for name, found in functions_of("walk", kernels).items():
+        if match := re.search(r"::walk<(\d+), (?:true|false), (?:true|false), ", name):
+            seen.add(n := int(match[1]))
+            assert found["prefetcht0"] >= n + 1, name
+    if not seen:
+        pytest.skip("the compiler has made it part of another function")
+    assert seen == set(range(2, most + 1))

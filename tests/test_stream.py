@@ -1,8 +1,8 @@
 """Few objectives, side by side or each by itself, are observed and combined in one walk over memory; others by way of
 scratch.
 
-Tokens with gaps between them go by way of scratch. The arithmetic is one, so all agree to the bit. Only AVX-512 has
-registers for the walk; without it, the same is asked of what there is.
+Tokens with gaps between them go by way of scratch. The arithmetic is one, so all agree to the bit. AVX-512 walks over
+up to four objectives, AVX2 over six; without them, the same is asked of what there is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from test_plain_tiles import UNTIL_SHARED, generator
 
 from pama_ext import Combined, Normalize, combine
 
-COUNTS = (2, 3, 4, 5)
+COUNTS = (2, 3, 4, 5, 6, 7)
 LEVELS = ("batch", "token")
 LENGTHS = (TILE, TILE + 16, 3 * TILE, 4 * TILE + 5)  # the first tile is half as long if there are several
 OTHERS = ({"skip_inactive": True}, {"noon": False}, {"nan": "propagate"}, {"solver": "min_norm"}, {"clip_high": 0.0})
@@ -50,6 +50,7 @@ def assert_the_way_does_not_show(x: torch.Tensor, **options) -> None:
     assert_same_result(combine([*columns[:-1], spread(columns[-1])], **options), expected)
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", COUNTS)
@@ -61,6 +62,7 @@ def test_side_by_side_or_each_by_itself(n, dtype, level):
             assert_the_way_does_not_show(x, level=level, **options, **given_tokens)
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("log_ratio", [None, torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
@@ -76,6 +78,7 @@ def test_what_stands_beside_them(mask, log_ratio, level):
     assert_the_way_does_not_show(x, level=level, **options)
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("level", LEVELS)
 def test_wherever_they_start(level):
     """Nothing has to be aligned, and what stands with gaps goes by way of scratch."""
@@ -208,7 +211,7 @@ def test_what_is_not_finite_is_left_to_others(garbage, level):
     dtype=st.sampled_from(DTYPES),
     options=st.fixed_dictionaries({"nan": st.sampled_from(("ignore", "propagate")), "noon": st.booleans()}),
     skip_inactive=st.booleans(),
-    weights=st.lists(st.sampled_from((-1.0, 0.0, 1e-20, 0.5, 1.0, 3.0)), min_size=5, max_size=5),
+    weights=st.lists(st.sampled_from((-1.0, 0.0, 1e-20, 0.5, 1.0, 3.0)), min_size=COUNTS[-1], max_size=COUNTS[-1]),
     fixed=st.booleans(),
     holes=st.integers(0, 3),
     seed=st.integers(0, 2**31),

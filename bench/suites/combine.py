@@ -25,9 +25,10 @@ from pama_ext._combine import _combine_dispatcher
 
 UNIT, EMPTY = "a + a", "empty kernel"
 OURS, OURS_OUT, FIRST, LISTED = "combine", "combine, out=", "combine, objectives first", "combine, list of [B, T]"
+ALONE = "combine, one thread"
 DISPATCHER, CUSTOM_OP = "dispatcher", "custom_op in Python"
 EAGER, REFERENCE, NUMBA, TRITON = "eager PyTorch", "reference", "numba", "Triton"
-SMALL, LARGE = 65536, 1 << 20  # elements
+SHARED, SMALL, LARGE = 1 << 15, 1 << 16, 1 << 20  # elements: from SHARED on threads share the work on a CPU
 Shape = tuple[int, ...]
 Options = dict[str, Any]
 
@@ -55,6 +56,20 @@ def written(function: Callable[..., Any], advantages: Any, options: Options, out
     return lambda: function(advantages, mask=mask, log_ratio=log_ratio, out=out)
 
 
+def on_one_thread(call: Call) -> Call:
+    """The call with one of torch's threads; to ask for one, and for all again, takes less than half a microsecond."""
+
+    def alone() -> object:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
+
+
 def build(device: str, *, shape: Shape, masked: bool = True, unequal: bool = False, level: str = "batch") -> Case:
     """All candidates of one shape."""
     advantages, options = inputs(shape, device, masked=masked, unequal=unequal)
@@ -73,6 +88,8 @@ def build(device: str, *, shape: Shape, masked: bool = True, unequal: bool = Fal
         EAGER: candidate(by_hand),
         COMPILED: candidate(eager.compiled(by_hand), compiles=True),
     }
+    if not cuda and advantages.numel() >= SHARED and torch.get_num_threads() > 1:
+        found[ALONE] = Candidate(on_one_thread(found[OURS].call), check)
     if by_batch and masked and not cuda and peers.installed("numba"):
         from bench.baselines.numba_loop import numba_loop
 
@@ -111,16 +128,19 @@ SMALL_GATES = (
     Gate(OURS, EMPTY, 1.5, at_most=True, view="device", device="cuda"),
 )
 NUMBA_GATE = Gate(NUMBA, OURS, 1.0)
+THREADS_GATE = Gate(ALONE, OURS, 1.0)
 LARGE_GATES = (
     Gate(EAGER, OURS, 20.0, smoke=8.0),
     Gate(COMPILED, OURS, 8.0),
     Gate(NUMBA, OURS, 4.0),
+    THREADS_GATE,
     Gate(COPY, OURS, 0.6, smoke=0.12, view="cold"),
     Gate(EAGER, OURS, 10.0, view="device", device="cuda"),
     Gate(COMPILED, OURS, 2.5, view="device", device="cuda"),
     Gate(COPY, OURS, 0.8, view="cold", device="cuda"),
 )
 TOKEN_GATES = (
+    THREADS_GATE,
     Gate(COPY, OURS, 0.85, smoke=0.1, view="cold"),
     Gate(COPY, OURS, 0.85, view="cold", device="cuda"),
 )
@@ -136,8 +156,9 @@ def workload(*shape: int, gates: tuple[Gate, ...], quick: bool = True, **options
 
 SUITE = (
     workload(4, 2, gates=HOST_GATES + SMALL_GATES, masked=False),
-    *(workload(*shape, gates=(*SMALL_GATES, NUMBA_GATE)) for shape in ((64, 3), (8, 128, 2), (64, 256, 3))),
-    workload(64, 512, 3, gates=(NUMBA_GATE,)),
+    *(workload(*shape, gates=(*SMALL_GATES, NUMBA_GATE)) for shape in ((64, 3), (8, 128, 2))),
+    workload(64, 256, 3, gates=(*SMALL_GATES, NUMBA_GATE, THREADS_GATE)),
+    workload(64, 512, 3, gates=(NUMBA_GATE, THREADS_GATE)),
     workload(512, 1024, 3, gates=LARGE_GATES),
     workload(512, 1024, 10, gates=LARGE_GATES, quick=False),
     *(workload(512, 1024, n, gates=LARGE_GATES, quick=False, unequal=True) for n in (3, 10)),

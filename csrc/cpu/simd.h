@@ -195,6 +195,10 @@ inline int set_lanes(Longs mask) {
   return __builtin_popcount(_mm256_movemask_pd((__m256d)mask));
 }
 
+// Two halves, of which GCC would not take the second from memory.
+inline Floats joined(__m128 low, __m128 high) { return _mm256_insertf128_ps(_mm256_castps128_ps256(low), high, 1); }
+inline Doubles joined(__m128d low, __m128d high) { return _mm256_insertf128_pd(_mm256_castpd128_pd256(low), high, 1); }
+
 inline Floats smaller(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats larger(Floats a, Floats b) { return _mm256_max_ps(a, b); }
 inline Doubles smaller(Doubles a, Doubles b) { return _mm256_min_pd(a, b); }

@@ -1,4 +1,5 @@
-// Few objectives, side by side or each by itself: observed and combined in registers, in one walk over memory. Included
+// Few objectives, side by side or each by itself: observed and combined in one walk over memory. AVX-512 has registers
+// for their sums; with AVX2, whose sums the compiler keeps on the stack, that still costs less than a tile. Included
 // once per instruction set.
 #pragma once
 
@@ -36,7 +37,7 @@ class Streamer : protected Combiner<C> {
   using Combiner<C>::wanted;
   using Combiner<C>::weight;
 
-  static constexpr int kFew = PAMA_VECTOR_BYTES >= 32 ? 4 : 0;  // objectives
+  static constexpr int kFew = PAMA_VECTOR_BYTES == 64 ? 4 : PAMA_VECTOR_BYTES == 32 ? 6 : 0;  // objectives
 
   explicit Streamer(const CombineParams& params)
       : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {
@@ -114,7 +115,7 @@ class Streamer : protected Combiner<C> {
     tokens.clear();
     bool weighted[kN];
     int valid_count = 0, active_count = 0;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kN; ++i) {
       row[i] = side_by_side ? pama::PAMA_ISA::at<const S>(p.advantages[0], 0, t) + i * kBlock<C>
                             : pama::PAMA_ISA::at<const S>(p.advantages[i], 0, t);
@@ -132,7 +133,7 @@ class Streamer : protected Combiner<C> {
     constexpr int64_t kTokensAhead = kAhead / sizeof(S) / kN;
     for (int k = 0; k < count; k += kLanes) {
       if (distant && k % kLine == 0) {
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int r = 0; r < kN; ++r) __builtin_prefetch(row[r] + (k + kTokensAhead) * step + r * between);
         __builtin_prefetch(log_ratio + k + kTokensAhead);
       }
@@ -140,10 +141,10 @@ class Streamer : protected Combiner<C> {
       const M both = counted(open);
       valid_count += valid.count();
       V rows[kN], a[kN], combined{};
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int r = 0; r < kN; ++r) a[r] = rows[r] = load_blocks<C>(row[r] + k * step, apart);
       if (side_by_side) part<kN, C>(rows, [&](int i, V entry) { a[i] = entry; });
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int i = 0; i < kN; ++i) {
         a[i] = sums[i].template add<kScaled>(valid, open, both, a[i], a[i], around[i], factor[i]);
         if (!kTokens && weighted[i]) combined = valid.add(combined, weight_of[i] * a[i]);
@@ -156,7 +157,7 @@ class Streamer : protected Combiner<C> {
     }
     Moments here[kN];
     bool plain = true;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kN; ++i) plain &= conclude_plain(i, sums[i], centre[i], valid_count, false, here[i]);
     for (int i = 0; i < kN && plain; ++i) merge(m[i], here[i]);
     if constexpr (kTokens)

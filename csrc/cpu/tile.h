@@ -252,10 +252,7 @@ inline __attribute__((always_inline)) auto load_blocks(const S* src, int64_t apa
     return load_vector<C>(src);
   } else {
     typedef C Half __attribute__((vector_size(sizeof(C) * kBlock<C>)));
-    const Half low = load_as<Half>(src), high = load_as<Half>(src + apart);
-    return [&]<int... kLane>(std::integer_sequence<int, kLane...>) {
-      return (typename Simd<C>::V)__builtin_shufflevector(low, high, kLane...);
-    }(Places<C>());
+    return joined(load_as<Half>(src), load_as<Half>(src + apart));
   }
 }
 
