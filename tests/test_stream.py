@@ -203,6 +203,21 @@ def test_what_is_not_finite_is_left_to_others(garbage, level):
                 )
 
 
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("n", COUNTS)
+def test_what_the_last_token_decides(n):
+    """All that came before it was combined under another guess, and is combined again."""
+    x, given_tokens = tokens(n, 5 * TILE)
+    x = x.abs()
+    x[:, 0] *= 0.1
+    before = combine(x, **given_tokens)
+    assert before.weights[0] == 1
+    x[-1, 0] = 1e6
+    given_tokens["mask"][-1], given_tokens["log_ratio"][-1] = True, 0.0
+    assert combine(x, **given_tokens).weights[0] == 0
+    assert_the_way_does_not_show(x, **given_tokens)
+
+
 @settings(max_examples=300, **UNTIL_SHARED)
 @given(
     n=st.sampled_from(COUNTS),
