@@ -35,8 +35,8 @@ class Combiner : protected Observer<C> {
 
   using Observer<C>::Observer;
 
-  typedef C Unaligned __attribute__((vector_size(PAMA_VECTOR_BYTES), may_alias, aligned(alignof(C))));
-  static Unaligned& at(C* x, int k) { return *reinterpret_cast<Unaligned*>(x + k); }
+  // A vector that need not be aligned. (Clang forgets the alignment of a type that depends on C.)
+  static void put(C* x, int k, V value) { memcpy(x + k, &value, sizeof value); }
 
   // Whether each token stands `step` elements behind the one before, in whatever row.
   bool gapless(const Plane& q, int step) const { return q.col == step && (p.rows == 1 || q.row == p.cols * step); }
@@ -84,7 +84,7 @@ class Combiner : protected Observer<C> {
     for (int k = 0; k < count && p.marks(); k += kLanes) {
       M any{};
       for (int i = 0; i < p.n; ++i) any |= vec(tile.valid + k) & (finite(vec(tile.x + i * stride + k)) | propagate);
-      at(out, k) = marked(at(out, k), any);
+      put(out, k, marked(load_vector<C>(out + k), any));
     }
     if (out != tile.out) return;
     if (!p.in_place) return store_plane<S>(p, p.out, t, count, out);
@@ -165,7 +165,7 @@ class Combiner : protected Observer<C> {
       if (p.solver == Solver::kMinNorm) value = value < V{} ? -value : value;  // of one token: the closed form
       if (p.solver != Solver::kFixed) value = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : value;
       value = used ? value : V{};
-      at(out, k) = p.marks() ? marked(combined, used) : combined;
+      put(out, k, p.marks() ? marked(combined, used) : combined);
       value_sum += value;
       used_count -= used;
       if (p.per_token) {
@@ -265,7 +265,7 @@ class Combiner : protected Observer<C> {
         const V idle = valid.without(open).only(a[i] * even);
         vec(tile.x + i * step + k) = idle + open.equal(a[i], sums.low).only(sums.each * a[i]);
       }
-      at(out, k) = mark ? marked(combined, vec(tile.valid + k)) : combined;
+      put(out, k, mark ? marked(combined, vec(tile.valid + k)) : combined);
       active -= vec(tile.not_above + k);
     }
     lanes.spill(active);
@@ -280,7 +280,7 @@ class Combiner : protected Observer<C> {
     for (int k = 0; k < count; k += kLanes) {
       const M valid = vec(tile.valid + k), take = kPlain ? valid : valid & (finite(vec(x + k)) | propagate);
       const V share = only(take, share_of * (larger(lowest, vec(x + k)) * factor));
-      at(out, k) = (first ? V{} : at(out, k)) + share;
+      put(out, k, (first ? V{} : load_vector<C>(out + k)) + share);
       if (kKeep) vec(x + k) = share;
     }
   }

@@ -17,7 +17,6 @@ class Streamer : protected Combiner<C> {
   template <int kN>
   using TokenSums = typename Combiner<C>::template TokenSums<kN>;
   using Combiner<C>::all;
-  using Combiner<C>::at;
   using Combiner<C>::can_be_plain;
   using Combiner<C>::centre_of;
   using Combiner<C>::conclude_plain;
@@ -153,7 +152,7 @@ class Streamer : protected Combiner<C> {
         combined = tokens.add(kN, a, valid, open, even);
         active_count += open.count();
       }
-      if (kTokens || combine) at(out, k) = combined;
+      if (kTokens || combine) this->put(out, k, combined);
     }
     Moments here[kN];
     bool plain = true;
