@@ -52,7 +52,7 @@ def prefetches(module: str) -> dict[str, Counter[str]]:
 def functions_of(loop: str, kernels: str, module: str = _C.__file__) -> dict[str, Counter[str]]:
     """Those that hold a loop of one instruction set, whatever it was compiled for; all, where it is not by itself."""
     of_kernels = {name: found for name, found in prefetches(module).items() if f"pama::{kernels}::" in name}
-    named = re.compile(rf"\bpama::{kernels}::\w+<\w+>::{loop}\b")
+    named = re.compile(rf"\bpama::{kernels}::\w+<\w+>::{loop}<")
     return {name: found for name, found in of_kernels.items() if named.search(name)} or {
         "all": sum(of_kernels.values(), Counter())
     }
