@@ -82,7 +82,7 @@ def test_groups_of_every_size(instructions, size, level, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 16, 17, 31, 64])
 def test_the_last_tokens_are_those_of_their_objective(instructions, n, dtype):
-    """Vectors end within a tensor: wherever that is, a token's entries are its own, and what follows is not read."""
+    """Vectors end within a tensor: wherever that is, a token's entries are its own, and what follows has no say."""
     tokens = 40  # more than two vectors of any kind
     wide = torch.full((2 + tokens + 2, n), torch.nan, dtype=dtype)
     for length in range(1, tokens + 1):
