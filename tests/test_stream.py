@@ -204,18 +204,22 @@ def test_what_is_not_finite_is_left_to_others(garbage, level):
 
 
 @pytest.mark.usefixtures("instructions")
-@pytest.mark.parametrize("n", COUNTS)
-def test_what_the_last_token_decides(n):
-    """All that came before it was combined under another guess, and is combined again."""
-    x, given_tokens = tokens(n, 5 * TILE)
-    x = x.abs()
-    x[:, 0] *= 0.1
-    before = combine(x, **given_tokens)
-    assert before.weights[0] == 1
-    x[-1, 0] = 1e6
-    given_tokens["mask"][-1], given_tokens["log_ratio"][-1] = True, 0.0
-    assert combine(x, **given_tokens).weights[0] == 0
-    assert_the_way_does_not_show(x, **given_tokens)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", range(2, 18))
+def test_what_the_last_token_decides(n, dtype):
+    """All that came before it was combined under another guess, and is combined again: whichever of them it is."""
+    for of, length in ((n - 1, 5 * TILE), (n // 2, 4 * TILE + 5)):
+        x, given_tokens = tokens(n, length, dtype)
+        smallest = x.abs().roll(of, 1)
+        smallest[:, of - 1] *= 0.1
+        given_tokens["mask"][-1], given_tokens["log_ratio"][-1] = True, 0.0
+        assert combine(smallest, **given_tokens).weights[of - 1] == 1
+        smallest[-1] = 6e4
+        smallest[-1, of] = 0
+        assert combine(smallest, **given_tokens).weights[of] == 1
+        assert_the_way_does_not_show(smallest, **given_tokens)
+        smallest[7, of] = torch.nan
+        assert_the_way_does_not_show(smallest, reward_weights=torch.linspace(1, 1.01, n), **given_tokens)
 
 
 @settings(max_examples=300, **UNTIL_SHARED)

@@ -142,6 +142,7 @@ class Kernel : Streamer<C> {
     want(weights);
     const bool together = adjacent && !p.sums && many > 2;  // then in one walk over memory
     tiles(first, last, [&](int64_t t, int count) {
+      if (this->template stream_one<S>(t, count, moments)) return;
       load_valid(p, t, count, tile);
       if (together) load_objectives<S>(p, p.advantages, true, t, count, tile.x, stride);
       for (int j = 0; j < many && !together; ++j) load_objective<S>(wanted[j], t, count, tile.x + wanted[j] * stride);
@@ -186,7 +187,7 @@ class Kernel : Streamer<C> {
       this->template observe<Keep::kNothing>(t, count, moments);
       return;
     }
-    this->template observe<Keep::kAll>(t, count, moments);
+    gate_tile(this->template observe<Keep::kUnlessPlain>(t, count, moments), count, gram[p.n * p.n]);
     add_gram(count, gram);
   }
 
@@ -269,43 +270,68 @@ class Kernel : Streamer<C> {
     }
   }
 
-  // Sums of I(A_i) I(A_j), in the upper triangle, and in gram[n * n] the tokens with data. `x` holds A_i on entry and
-  // I(A_i) on return.
-  void add_gram(int count, double* gram) {
+  // I(A_i) in `x`, which holds what was loaded of an objective of which all is `plain`, else A_i. Adds to `used` how
+  // many tokens have data.
+  void gate_tile(uint64_t plain, int count, double& used) {
+    for (int i = 0; i < p.n; ++i) {
+      C* const x = tile.x + i * stride;
+      const C factor = this->scale[i];
+      if (plain >> i & 1 && !normalizer.active()) {
+        for (int k = 0; k < count; k += kLanes)
+          vec(x + k) = this->only(vec(tile.not_above + k), this->positive(vec(x + k))) * factor;
+      } else {
+        for (int k = 0; k < count; k += kLanes) vec(x + k) = gated_at(vec(x + k), k);
+      }
+    }
+    if (plain) {
+      used += tile.valid_count;
+      return;
+    }
     M used_count{};
     for (int k = 0; k < count; k += kLanes) {
-      M used{};
-      for (int i = 0; i < p.n; ++i) {
-        V& a = vec(tile.x + i * stride + k);
-        a = gated_at(a, k);
-        used |= vec(tile.taken + i * stride + k);
-      }
-      used_count -= used;
+      M any{};
+      for (int i = 0; i < p.n; ++i) any |= vec(tile.taken + i * stride + k);
+      used_count -= any;
     }
     lanes.spill(used_count);
-    gram[p.n * p.n] += static_cast<double>(lanes.count(0));
+    used += static_cast<double>(lanes.count(0));
+  }
+
+  // Sums of the products of the objectives' entries in `x`, in the upper triangle. Two objectives at a time with those
+  // from the first of them on, these dealt out evenly to as few walks as have registers for their sums.
+  void add_gram(int count, double* gram) {
     int i = 0;
     for (; i + 2 <= p.n; i += 2) {
-      int j = i;
-      for (; j + 4 <= p.n; j += 4) add_products<2, 4>(i, j, count, gram);
-      for (; j < p.n; ++j) add_products<2, 1>(i, j, count, gram);
+      for (int j = i, walks = (p.n - i + kColumns - 1) / kColumns; walks > 0; --walks) {
+        const int columns = (p.n - j) / walks;
+        [&]<int... kMany>(std::integer_sequence<int, kMany...>) {
+          static_cast<void>(((columns == kMany + 1 && (add_products<2, kMany + 1>(i, j, count, gram), true)) || ...));
+        }(std::make_integer_sequence<int, kColumns>());
+        j += columns;
+      }
     }
     if (i < p.n) add_products<1, 1>(i, i, count, gram);
   }
 
-  // Of the objectives from i on with those from j on, several at once: one sum alone would wait for its own additions,
-  // and what is read serves several sums.
-  template <int kRows, int kColumns>
+  static constexpr int kColumns = 6;
+
+  // Of kRows objectives from i on with kMany from j on, all at once: one sum alone would wait for its own additions,
+  // and what is read serves several.
+  template <int kRows, int kMany>
   void add_products(int i, int j, int count, double* gram) {
-    V products[kRows][kColumns] = {};
+    const C *const row = tile.x + i * stride, *const column = tile.x + j * stride;
+    const int64_t step = stride;
+    V products[kRows][kMany] = {};
     for (int k = 0; k < count; k += kLanes) {
-      V column[kColumns];
-      for (int c = 0; c < kColumns; ++c) column[c] = vec(tile.x + (j + c) * stride + k);
-      for (int r = 0; r < kRows; ++r)
-        for (int c = 0; c < kColumns; ++c) products[r][c] += vec(tile.x + (i + r) * stride + k) * column[c];
+#pragma GCC unroll 8
+      for (int c = 0; c < kMany; ++c)
+#pragma GCC unroll 2
+        for (int r = 0; r < kRows; ++r) products[r][c] += vec(row + r * step + k) * vec(column + c * step + k);
     }
+#pragma GCC unroll 2
     for (int r = 0; r < kRows; ++r)
-      for (int c = 0; c < kColumns; ++c) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kMany; ++c) {
         lanes.spill(products[r][c]);
         if (i + r <= j + c) gram[(i + r) * p.n + j + c] += lanes.sum();
       }

@@ -14,7 +14,7 @@ namespace pama {
 namespace PAMA_ISA {
 
 // What is left behind of a tile: A_i in `x` and, in `taken`, who takes part. Of a plain one that can wait.
-enum class Keep { kNothing, kUnlessPlain, kAll };
+enum class Keep { kNothing, kUnlessPlain };
 
 template <class C>
 class Observer {
@@ -217,8 +217,8 @@ class Observer {
       C* const x = tile.x + (i + j) * stride;
       if (!(plain >> j & 1)) {
         observe_carefully<kKeep, kNormal>(i + j, x, count, centre[j], m[i + j]);
-      } else if (kKeep == Keep::kAll || (kKeep == Keep::kUnlessPlain && kNormal)) {
-        keep(i + j, kNormal ? tile.normal : x, count);
+      } else if (kKeep == Keep::kUnlessPlain && kNormal) {
+        keep(i + j, tile.normal, count);
       }
     }
     return plain;

@@ -1,6 +1,6 @@
 // Few objectives, side by side or each by itself: observed and combined in one walk over memory. AVX-512 has registers
-// for their sums; with AVX2, whose sums the compiler keeps on the stack, that still costs less than a tile. Included
-// once per instruction set.
+// for their sums; with AVX2, whose sums the compiler keeps on the stack, that still costs less than a tile. And one of
+// up to 16, where the others have no weight. Included once per instruction set.
 #pragma once
 
 #include "combiner.h"
@@ -21,6 +21,7 @@ class Streamer : protected Combiner<C> {
   using Combiner<C>::centre_of;
   using Combiner<C>::conclude_plain;
   using Combiner<C>::counted;
+  using Combiner<C>::floor;
   using Combiner<C>::gapless;
   using Combiner<C>::kInf;
   using Combiner<C>::kLanes;
@@ -40,9 +41,10 @@ class Streamer : protected Combiner<C> {
 
   explicit Streamer(const CombineParams& params)
       : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {
-    streams = 1 < p.n && p.n <= kFew && can_be_plain && !p.order && !p.sums && !p.in_place && !p.marks() &&
-              !normalizer.active() && (!p.log_ratio.data || (p.log_ratio_dtype == p.dtype && gapless(p.log_ratio, 1)));
-    for (int i = 0; i < p.n; ++i) streams &= gapless(p.advantages[i], adjacent ? p.n : 1);
+    straight = !p.order && !p.sums && !p.in_place && !p.marks() && !normalizer.active();
+    for (int i = 0; i < p.n; ++i) straight &= gapless(p.advantages[i], adjacent ? p.n : 1);
+    streams = straight && 1 < p.n && p.n <= kFew && can_be_plain &&
+              (!p.log_ratio.data || (p.log_ratio_dtype == p.dtype && gapless(p.log_ratio, 1)));
     reads_mask = p.mask.data && size_of(p.mask_dtype) == 1 && gapless(p.mask, 1);
     distant = p.tokens() * p.n * size_of(p.dtype) > kNear;
   }
@@ -65,6 +67,25 @@ class Streamer : protected Combiner<C> {
       if (done && combine && out == tile.out) store_plane<S>(p, p.out, t, count, out);
     }
     return done;
+  }
+
+  // The combination of a tile, as combine_tile() has it, where one objective is wanted; or false, and nothing is done.
+  // `moments` have seen the tile.
+  template <class S>
+  bool stream_one(int64_t t, int count, const Moments* moments) {
+    if constexpr (std::is_same_v<S, C>) {
+      if (!straight || many != 1 || weight[0] == 0 || moments[wanted[0]].nonfinite > 0 || count % kLanes != 0)
+        return false;
+      C* const out = this->template destination<S>(t, count);
+      bool done = false;
+      [&]<int... kStep>(std::integer_sequence<int, kStep...>) {
+        const int step = adjacent ? p.n : 1;
+        static_cast<void>(((step == kStep + 1 && (walk_one<kStep + 1>(t, count, out), done = true)) || ...));
+      }(std::make_integer_sequence<int, 16>());
+      if (done && out == tile.out) store_plane<S>(p, p.out, t, count, out);
+      return done;
+    }
+    return false;
   }
 
   const bool adjacent;
@@ -92,14 +113,7 @@ class Streamer : protected Combiner<C> {
     // What is not there, or not so, is made up, so that the loop need not ask.
     alignas(64) S none[kTileTokens];
     alignas(64) int8_t set[kTileTokens];
-    const auto* mask = reinterpret_cast<const uint8_t*>(set);
-    if (reads_mask) {
-      mask = pama::PAMA_ISA::at<const uint8_t>(p.mask, 0, t);
-    } else if (p.mask.data) {
-      load_mask(p, t, count, set);
-    } else {
-      memset(set, -1, count);
-    }
+    const uint8_t* const mask = bytes_of_mask(t, count, set);
     const S* log_ratio = none;
     if (p.log_ratio.data) {
       log_ratio = pama::PAMA_ISA::at<const S>(p.log_ratio, 0, t);
@@ -164,7 +178,42 @@ class Streamer : protected Combiner<C> {
     return plain;
   }
 
-  bool streams, distant, reads_mask;
+  // The bytes that tell what is valid of a tile: the mask's own, or made in `set`.
+  const uint8_t* bytes_of_mask(int64_t t, int count, int8_t* set) const {
+    if (reads_mask) return pama::PAMA_ISA::at<const uint8_t>(p.mask, 0, t);
+    if (p.mask.data) {
+      load_mask(p, t, count, set);
+    } else {
+      memset(set, -1, count);
+    }
+    return reinterpret_cast<const uint8_t*>(set);
+  }
+
+  // kStep: from one token to the next.
+  template <int kStep>
+  void walk_one(int64_t t, int count, C* out) {
+    alignas(64) int8_t set[kTileTokens];
+    const uint8_t* const mask = bytes_of_mask(t, count, set);
+    const C* const src = pama::PAMA_ISA::at<const C>(p.advantages[wanted[0]], 0, t);
+    const V factor = all(scale[wanted[0]]), share_of = all(weight[0]), lowest = all(floor);
+    auto weigh = [&](int k, V entry) {
+      this->put(out, k, Where<V, M>::nonzero(mask + k).add(V{}, share_of * (larger(lowest, entry) * factor)));
+    };
+    const bool last = t + count == p.tokens();  // vectors of kStep places would end behind them
+    const int whole = count - (last && kStep > 1 ? kLanes : 0);
+    for (int k = 0; k < whole; k += kLanes) {
+      V rows[kStep];
+      load_rows<kStep, C>(src + k * kStep, kStep, rows);
+      weigh(k, first_of<kStep, C>(rows));
+    }
+    for (int k = whole; k < count; k += kLanes) {
+      alignas(64) C entries[kLanes];
+      load_run(src + k * kStep, kStep, kLanes, entries);
+      weigh(k, this->vec(entries));
+    }
+  }
+
+  bool straight, streams, distant, reads_mask;
 };
 
 }  // namespace PAMA_ISA
