@@ -13,6 +13,7 @@ class Combiner : protected Observer<C> {
  protected:
   using typename Observer<C>::V;
   using typename Observer<C>::M;
+  using typename Observer<C>::I;
   using Observer<C>::all;
   using Observer<C>::finite;
   using Observer<C>::floor;
@@ -108,67 +109,73 @@ class Combiner : protected Observer<C> {
     }(std::make_integer_sequence<int, 16>());
   }
 
-  // Theorem 1 for kLanes tokens at a time; `x` holds A_i on entry and, in place, c_i A_i on return.
+  // Theorem 1, or fixed weights, for kLanes tokens at a time; `x` holds A_i on entry and, in place, c_i A_i on return.
   template <class S>
   void solve_tokens(int64_t first, int count, TokenShares& shares, C* out) {
-    V share_sum[kMaxObjectives] = {};
+    // Copies: for all the compiler knows, stores may change the originals.
+    const int n = p.n;
+    const int64_t step = stride;
+    const bool fixed = p.solver == Solver::kFixed, skip_inactive = p.skip_inactive, in_place = p.in_place,
+               per_token = p.per_token, mark = p.marks();
+    C* const x = tile.x;
+    I* const taken = tile.taken;
+    V share_sum[kMaxObjectives] = {}, fixed_weight[kMaxObjectives];
+    for (int i = 0; i < n && fixed; ++i) fixed_weight[i] = all(static_cast<C>(p.fixed_weight(i)));
     V value_sum{};
     M used_count{};
     for (int k = 0; k < count; k += kLanes) {
-      V low = all(kInf), high = all(-kInf), at_low{}, at_high{};
-      M used{}, kept_any{}, undefined{};
-      for (int i = 0; i < p.n; ++i) {
-        const M take = vec(tile.taken + i * stride + k);
-        const V a = gated_at(vec(tile.x + i * stride + k), k);
-        const M kept = p.skip_inactive ? take & (a != V{}) : take;
-        at_low = (kept & (a < low)) ? all(1) : at_low + ((kept & (a == low)) ? all(1) : V{});
-        at_high = (kept & (a > high)) ? all(1) : at_high + ((kept & (a == high)) ? all(1) : V{});
-        low = (kept & (a < low)) ? a : low;
-        high = (kept & (a > high)) ? a : high;
-        undefined |= take & (a != a);
+      V a[kMaxObjectives], low = all(kInf), high = all(-kInf);
+      M kept[kMaxObjectives], used{}, kept_any{}, undefined{};
+      for (int i = 0; i < n; ++i) {
+        const M take = vec(taken + i * step + k);
+        a[i] = gated_at(vec(x + i * step + k), k);
+        kept[i] = skip_inactive ? take & (a[i] != V{}) : take;
+        low = smaller((V)((M)a[i] | ~kept[i]), low);  // NaN where it is not kept
+        high = larger((V)((M)a[i] | ~kept[i]), high);
+        undefined |= take & (a[i] != a[i]);
         used |= take;
-        kept_any |= kept;
+        kept_any |= kept[i];
       }
-      if (p.skip_inactive) {  // nobody active: all that have data, each with a_i = 0
-        V present{};
-        for (int i = 0; i < p.n; ++i) present += vec(tile.taken + i * stride + k) ? all(1) : V{};
+      if (skip_inactive) {  // nobody active: all that have data, each with a_i = 0
+        for (int i = 0; i < n; ++i) kept[i] |= vec(taken + i * step + k) & ~kept_any;
         low = kept_any ? low : V{};
         high = kept_any ? high : V{};
-        at_low = kept_any ? at_low : present;
+      }
+      M at_low{}, at_high{};
+      for (int i = 0; i < n && !fixed; ++i) {
+        at_low -= kept[i] & (a[i] == low);
+        at_high -= kept[i] & (a[i] == high);
       }
       const Split<V> total = split(low, high);
-      const V low_share = total.low / at_low, high_share = total.high / at_high;
-      V combined{}, value = project(low, high);
-      if (p.solver == Solver::kFixed) value = V{};
-      for (int i = 0; i < p.n; ++i) {
-        const M take = vec(tile.taken + i * stride + k);
-        const V advantage = vec(tile.x + i * stride + k), a = gated_at(advantage, k);
+      const V low_share = total.low / __builtin_convertvector(at_low, V);
+      const V high_share = total.high != V{} ? total.high / __builtin_convertvector(at_high, V) : V{};
+      V combined{}, value = fixed ? V{} : project(low, high);
+      for (int i = 0; i < n; ++i) {
         V c;
-        if (p.solver == Solver::kFixed) {
-          c = all(static_cast<C>(p.fixed_weight(i)));
-          value += (take & (c != V{})) ? c * a : V{};
+        if (fixed) {
+          c = fixed_weight[i];
+          value += only(vec(taken + i * step + k) & (c != V{}), c * a[i]);
         } else {
-          const M kept = p.skip_inactive ? take & ((a != V{}) | ~kept_any) : take;
-          c = ((kept & (a == low)) ? low_share : V{}) + ((kept & (a == high) & (total.high != V{})) ? high_share : V{});
+          c = only(kept[i] & (a[i] == low), low_share) + only(kept[i] & (a[i] == high), high_share);
           c = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : c;
-          share_sum[i] += used ? c : V{};
+          share_sum[i] += c;
         }
-        const V contribution = (take & (c != V{})) ? c * advantage : V{};
+        const V contribution = only(vec(taken + i * step + k) & (c != V{}), c * vec(x + i * step + k));
         combined += contribution;
-        if (p.in_place) vec(tile.x + i * stride + k) = contribution;
-        if (p.per_token) write_weights(first + k, smaller(kLanes, count - k), i, c, used);
+        if (in_place) vec(x + i * step + k) = contribution;
+        if (per_token) write_weights(first + k, smaller(kLanes, count - k), i, c, used);
       }
       // If no extreme is 0, all that have a weight are active, and what they share is s* itself: without their
       // rounding.
       const M exact = used & ~undefined & (low != V{}) & (high != V{}) & (total.low == total.low);
-      if (p.solver != Solver::kFixed) combined = exact ? value : combined;
+      if (!fixed) combined = exact ? value : combined;
       if (p.solver == Solver::kMinNorm) value = value < V{} ? -value : value;  // of one token: the closed form
-      if (p.solver != Solver::kFixed) value = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : value;
+      if (!fixed) value = undefined ? all(std::numeric_limits<C>::quiet_NaN()) : value;
       value = used ? value : V{};
-      put(out, k, p.marks() ? marked(combined, used) : combined);
+      put(out, k, mark ? marked(combined, used) : combined);
       value_sum += value;
       used_count -= used;
-      if (p.per_token) {
+      if (per_token) {
         C* values = static_cast<C*>(p.packed) + (kStatistics + p.tokens()) * p.n;
         for (int l = 0; l < smaller(kLanes, count - k); ++l) values[p.row_at(first + k + l)] = value[l];
       }
