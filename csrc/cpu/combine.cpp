@@ -8,7 +8,6 @@
 #include <atomic>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <stdexcept>
 #include <vector>
 
@@ -215,10 +214,9 @@ class Run {
     const int64_t units = p.measures ? p.groups : pooled ? p.pools() : p.tokens();
     const int64_t parts = parts_for(p.tokens() * p.n, units);
     Found found(p, parts);
-    std::optional<Done> done;
-    if (parts > 1) done.emplace(p.n);
+    Done done(p.n);
     for_parts(parallel_for, parts, units, [&](int64_t k, int64_t first, int64_t last) {
-      found.add(k, [&](Part& part, double* gram) { observe(part, gram, first, last, done ? &*done : nullptr); });
+      found.add(k, [&](Part& part, double* gram) { observe(part, gram, first, last, parts > 1 ? &done : nullptr); });
     });
     Moments* const moments = found.moments();
     C* packed = static_cast<C*>(p.packed);
