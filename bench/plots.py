@@ -1,4 +1,5 @@
-"""The plots of the scaling suite: time of a call against N and against the tokens, with the limit of the memory."""
+"""The plots of the scaling suite: time of a call against N and against the tokens, with the limit of the memory: what a
+copy of as many bytes takes, under the same conditions."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any
 
 from bench.tables import Measured, Record
 
-CANDIDATES = {"combine": "C0", "eager PyTorch": "C1", "torch.compile": "C2", "numba": "C3", "Triton": "C4"}
+OURS, LIMIT = "combine", "copy"
+CANDIDATES = {OURS: "C0", "eager PyTorch": "C1", "torch.compile": "C2", "numba": "C3", "Triton": "C4", LIMIT: "k"}
 
 
 def path(folder: Path, device: str) -> Path:
@@ -16,26 +18,16 @@ def path(folder: Path, device: str) -> Path:
     return folder / f"scaling-{device}.svg"
 
 
-def series(record: Record, along: str, candidate: str) -> tuple[list[int], list[float]]:
-    """Sizes and medians in µs of a candidate."""
-    found = [(of.entry["sizes"][along], row["p50_us"]) for of in points(record, along) if (row := of.row(candidate))]
+def series(record: Record, along: str, candidate: str, view: str = "") -> tuple[list[int], list[float]]:
+    """Sizes and medians in µs of a candidate, with warm caches or, in the view "cold", swept ones."""
+    of_all = ((of.entry["sizes"][along], of.row(candidate, view)) for of in points(record, along))
+    found = [(size, row["p50_us"]) for size, row in of_all if row]
     return [size for size, _ in found], [us for _, us in found]
 
 
 def points(record: Record, along: str) -> list[Measured]:
     """The workloads along "objectives" or "tokens"."""
     return [of for of in record.workloads if of.name.startswith(f"along {along}")]
-
-
-def bandwidth(record: Record) -> float:
-    """GB/s of the largest copy with cold caches; 0 if there is none."""
-    copies = [(size(of), row["gb_per_s"]) for of in record.workloads if (row := of.row("copy", "cold"))]
-    return max(copies, default=(0, 0.0))[1]
-
-
-def size(of: Measured) -> int:
-    """Bytes that have to move."""
-    return sum(of.entry["bytes"].values())
 
 
 def draw(record: Record, to: Path) -> None:
@@ -53,7 +45,7 @@ def draw(record: Record, to: Path) -> None:
         _panel(axes[1], record, "tokens", "tokens B·T, at N = {}", "objectives")
         axes[0].set_ylabel(f"{'device' if on_device else 'host'} time of a call, µs")
         axes[1].legend(fontsize=8)
-        figure.suptitle(f"combine, level batch, mask and log_ratio, float32, all statistics, caches warm\n"
+        figure.suptitle(f"combine, level batch, mask and log_ratio, float32, all statistics\n"
                         f"{where}; torch {h['torch']}; commit {h['commit']}", fontsize=9)  # fmt: skip
         to.parent.mkdir(parents=True, exist_ok=True)
         about: dict[str, Any] = {"Date": None, "Description": digest(record)}
@@ -62,17 +54,15 @@ def draw(record: Record, to: Path) -> None:
 
 
 def _panel(axis: Any, record: Record, along: str, label: str, fixed: str) -> None:
-    """Times along one size, and the time that its bytes take at the bandwidth of a copy."""
+    """Times along one size, and those of a copy."""
     of = points(record, along)
-    for name, colour in CANDIDATES.items():
-        sizes, times = series(record, along, name)
+    lines = [(name, "", "--" if name == LIMIT else "o-", name) for name in CANDIDATES]
+    lines += [(name, "cold", "o:" if name == OURS else ":", f"{name}, caches swept") for name in (OURS, LIMIT)]
+    for name, view, style, said in lines:
+        sizes, times = series(record, along, name, view)
         if sizes:
-            axis.plot(sizes, times, "o-", color=colour, label=name, markersize=3)
-    limit = bandwidth(record)
-    if limit:
-        least = [size(workload) / limit / 1e3 for workload in of]
-        text = f"the bytes that have to move,\nat a cold copy's {limit:.3g} GB/s"
-        axis.plot([workload.entry["sizes"][along] for workload in of], least, "k--", label=text)
+            text = said.replace(LIMIT, "copy of as many bytes", 1) if name == LIMIT else said
+            axis.plot(sizes, times, style, color=CANDIDATES[name], label=text, markersize=3)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     if along == "objectives":

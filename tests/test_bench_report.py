@@ -152,7 +152,7 @@ def test_the_plot_belongs_to_its_record(pages):
     assert report.main([]) == 0
     assert "](docs/plots/scaling-cpu.svg)" in readme.read_text()
     drawn = (report.PLOTS / "scaling-cpu.svg").read_text()
-    for text in ("combine", "eager PyTorch", "14 GB/s", "N, at 64 tokens", "a CPU, 2 threads", "commit abc"):
+    for text in ("combine", "eager PyTorch", "copy of as many bytes, caches swept", "N, at 64 tokens", "a CPU, 2 threads", "commit abc"):
         assert text in drawn, text
     (report.PLOTS / "scaling-cpu.svg").unlink()
     report.main([])
@@ -163,11 +163,12 @@ def test_the_plot_belongs_to_its_record(pages):
     assert report.main([]) == 0 == report.main(["--check"])
 
 
-def test_the_limit_is_that_of_the_largest_copy(pages):
+def test_warm_caches_and_swept_ones_are_series_of_their_own(pages):
     pages("scaling", scaling_cpu=scaling_record())
     book = tables.Book.read(report.RECORDS)["scaling", "cpu"]
-    assert plots.bandwidth(book) == 14.0  # 1024 tokens at N = 4, though a smaller one was faster
-    assert plots.series(book, "tokens", "combine") == ([64, 256, 1024], [0.256, 1.024, 4.096])
+    assert plots.series(book, "tokens", plots.OURS) == ([64, 256, 1024], [0.256, 1.024, 4.096])
+    assert plots.series(book, "tokens", plots.LIMIT) == ([], [])
+    assert plots.series(book, "tokens", plots.LIMIT, "cold")[0] == [64, 256, 1024]
 
 
 @PEERS
@@ -177,7 +178,7 @@ def test_tables_show_candidates_that_exist():
     known = {name: set(build().candidates) for name, build in CASES.items()}
     assert set(report.HOST) <= known["combine, alone"]
     assert set(report.CALLS) - {"Triton"} <= known["combine"]
-    assert set(plots.CANDIDATES) - {"Triton"} <= known["scaling"]
+    assert set(plots.CANDIDATES) - {"Triton", plots.LIMIT} <= known["scaling"]
     assert set(report.GROUPS) <= known["groups"] and set(report.GAE) <= known["gae"]
     assert set(report.LOSS) <= known["policy_loss"]
     names = {name: [w.name for w in suites.load(name)] for name in suites.NAMES}
