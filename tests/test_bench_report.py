@@ -152,7 +152,14 @@ def test_the_plot_belongs_to_its_record(pages):
     assert report.main([]) == 0
     assert "](docs/plots/scaling-cpu.svg)" in readme.read_text()
     drawn = (report.PLOTS / "scaling-cpu.svg").read_text()
-    for text in ("combine", "eager PyTorch", "copy of as many bytes, caches swept", "N, at 64 tokens", "a CPU, 2 threads", "commit abc"):
+    for text in (
+        "combine",
+        "eager PyTorch",
+        "copy of as many bytes, caches swept",
+        "N, at 64 tokens",
+        "a CPU, 2 threads",
+        "commit abc",
+    ):
         assert text in drawn, text
     (report.PLOTS / "scaling-cpu.svg").unlink()
     report.main([])
