@@ -36,17 +36,21 @@ class Limit:
     wide_loads: int = 0
 
 
-# Two blocks of 256 threads reside on a multiprocessor with 128 registers a thread, four with 64.
-WIDE_LOADS = sum(range(2, 9)) + 9  # N at once up to 8 objectives; one, in a loop, for 9 to 16 and for more
+# Registers: what lets two blocks of 256 threads reside on a multiprocessor (128 a thread) or four (64); elsewhere
+# hardly more than is needed. Loads: all that there are, by the types' sizes, so that one narrow layout is noticed: N at
+# once or in turns up to 8 objectives, eight and one for 9 to 16 and for more, four and one by planes, and beside them.
 LIMITS = {
-    r"combine_kernel": Limit(128, wide_loads=WIDE_LOADS),
+    r"combine_kernel<(float|double)": Limit(128, wide_loads=148),
+    r"combine_kernel<(Half|BFloat16)": Limit(128, wide_loads=94),
     r"combine_direct_kernel": Limit(64),
     r"gae_(warp|block)_kernel": Limit(64),
-    r"policy_loss_kernel": Limit(128, wide_loads=2),
-    r"value_loss_kernel": Limit(128, wide_loads=2),
-    r"scale_kernel": Limit(64),
-    r"min_norm_kernel": Limit(128),
-    r"measure_|rewrite|sum_rows|number_rows|find_groups": Limit(128),
+    r"policy_loss_kernel": Limit(128, wide_loads=15),
+    r"value_loss_kernel": Limit(128, wide_loads=9),
+    r"scale_kernel<float": Limit(40, wide_loads=1),
+    r"scale_kernel<double": Limit(40, wide_loads=2),
+    r"scale_kernel<(Half|BFloat16)": Limit(40),
+    r"min_norm_kernel": Limit(96),
+    r"measure_|rewrite|sum_rows|number_rows|find_groups": Limit(80),
 }
 
 
