@@ -3,6 +3,7 @@
 # make test-wheel  the same on the built wheel, without the checkout
 # make lint        formatters, linters, types
 # make bench       measure every suite, write bench/records, and from them the README's figures: [SUITES="combine gae"]
+#                  [DEVICES="cpu cuda"]
 # make bench-smoke ratios of a few cheap workloads against wide bounds
 # make cuda-code   registers, spills and loads of the CUDA kernels on every architecture; needs nvcc, but no GPU
 # make gpu-check   on a machine with a CUDA device, with its own Python: [STAGES="build tests"] [OUT=folder] [COMMIT=...]
@@ -11,6 +12,7 @@ PYTHON ?= python3
 OUT ?= bench/records
 STAGES ?=
 SUITES ?= combine groups gae min_norm loss scaling
+DEVICES ?= cpu
 COMMIT ?=
 
 VENV := .venv
@@ -60,7 +62,8 @@ lint: $(BUILT)
 
 # A process for each suite: what one imports cannot slow another.
 bench: $(BUILT)
-	set -e; for suite in $(SUITES); do $(BIN)/python -m bench $$suite; done
+	set -e; for device in $(DEVICES); do for suite in $(SUITES); do \
+	  $(BIN)/python -m bench $$suite --device $$device; done; done
 	$(BIN)/python -m bench.report
 
 bench-smoke: $(BUILT)

@@ -1,5 +1,7 @@
-"""The plots of the scaling suite: time of a call against N and against the tokens, with the limit of the memory: what a
-copy of as many bytes takes, under the same conditions."""
+"""The plots of the scaling suite: time of a call against N and against the tokens, with the limit of the memory.
+
+The limit is what a copy of as many bytes takes under the same conditions.
+"""
 
 from __future__ import annotations
 
