@@ -58,12 +58,12 @@ def draw(record: Record, to: Path) -> None:
 def _panel(axis: Any, record: Record, along: str, label: str, fixed: str) -> None:
     """Times along one size, and those of a copy."""
     of = points(record, along)
-    lines = [(name, "", "--" if name == LIMIT else "o-", name) for name in CANDIDATES]
-    lines += [(name, "cold", "o:" if name == OURS else ":", f"{name}, caches swept") for name in (OURS, LIMIT)]
-    for name, view, style, said in lines:
+    lines = [(name, "", "--" if name == LIMIT else "o-") for name in CANDIDATES]
+    lines += [(OURS, "cold", "o:"), (LIMIT, "cold", ":")]
+    for name, view, style in lines:
         sizes, times = series(record, along, name, view)
         if sizes:
-            text = said.replace(LIMIT, "copy of as many bytes", 1) if name == LIMIT else said
+            text = ("copy of as many bytes" if name == LIMIT else name) + (", caches swept" if view else "")
             axis.plot(sizes, times, style, color=CANDIDATES[name], label=text, markersize=3)
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

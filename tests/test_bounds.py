@@ -53,6 +53,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
             combine([at_the_end(c) for c in x.unbind(-1)], mask=at_the_end(mask.to(torch.int64)))
             combine(x.T.contiguous().T, solver="min_norm")
             combine(x, normalize=Normalize(by="group", group_size=tokens))
+            last = torch.eye(n)[-1]  # the only one that is read again, from the first of its entries on
+            combine(x.view(1, tokens, n), level="sequence", solver="fixed", reward_weights=last)
             kept.clear()
     for n in (2, 3, 4):  # walked over from the second tile on, if log_ratio has their dtype
         for tokens in (2000, 1568, 2608, 1280, 944):

@@ -221,30 +221,30 @@ def test_the_solver_takes_the_gram_matrix_of_the_tokens(shape, skip_inactive, le
 @pytest.mark.parametrize("kind", ["plain", "scaled", "both signs", "a hole", "no objective is whole", "normalised"])
 @pytest.mark.parametrize("n", [*range(1, 20), 32, 33])
 def test_every_pair_of_objectives_is_in_the_gram_matrix(n, kind):
-    """However they are dealt out, and whatever a tile holds; by way of correlations, so that none can be left out."""
+    """However they are dealt out, and whatever a tile holds. All of about one length and hardly correlated have a
+    weight, so that each product counts."""
     g = torch.Generator().manual_seed(n)
     x = torch.randn(2 * TILE + 5, n, generator=g, dtype=torch.float64)
-    x = (x + 0.5 * x.roll(1, -1) + 0.3).abs() * torch.linspace(1, 2, n, dtype=torch.float64)
+    x = x * (torch.rand(x.shape, generator=g) < 0.3) * torch.linspace(1, 1.05, n, dtype=torch.float64)
     options = {
         "mask": torch.rand(len(x), generator=g) < 0.9,
         "log_ratio": 0.2 * torch.randn(len(x), generator=g, dtype=torch.float64),
         "solver": "min_norm",
         "noon": kind != "both signs",
     }
-    if kind == "both signs":
-        x -= 1
-    elif kind == "a hole":
+    options["mask"][:n] = options["mask"][-1] = True
+    if kind == "a hole":
         x[-1, n // 2] = torch.nan
     elif kind == "no objective is whole":
-        x[-n:].diagonal().fill_(torch.inf)
-        options["mask"][-n:] = True
-    elif kind in ("normalised", "scaled"):
-        options["normalize"] = Normalize(by="batch") if kind == "normalised" else None
-        options["reward_weights"] = torch.linspace(0.5, 3, n).tolist()
+        x[:n].diagonal().fill_(torch.inf)
+    elif kind == "normalised":
+        options["normalize"] = Normalize(by="batch")
+    if kind in ("normalised", "scaled"):
+        options["reward_weights"] = torch.linspace(1.1, 1, n).tolist()
     result, expected = combine(x, **options), reference.combine(x, **options)
-    torch.testing.assert_close(result.weights, expected.weights, rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(result.value, expected.value, rtol=1e-8, atol=0)
-    torch.testing.assert_close(result.advantages, expected.advantages, rtol=1e-6, atol=1e-8)
+    assert (expected.weights > 0).all()
+    for name in ("weights", "value", "advantages"):
+        torch.testing.assert_close(getattr(result, name), getattr(expected, name))
 
 
 def test_an_objective_that_is_never_active_takes_all_or_nothing():

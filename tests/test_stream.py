@@ -208,7 +208,8 @@ def test_what_is_not_finite_is_left_to_others(garbage, level):
 @pytest.mark.parametrize("n", range(2, 18))
 def test_what_the_last_token_decides(n, dtype):
     """All that came before it was combined under another guess, and is combined again: whichever of them it is."""
-    for of, length in ((n - 1, 5 * TILE), (n // 2, 4 * TILE + 5)):
+    scaled = {"reward_weights": torch.linspace(1, 1.01, n)}
+    for of, length in ((n - 1, 5 * TILE), (n // 2, 4 * TILE + 5), (0, 3 * TILE)):
         x, given_tokens = tokens(n, length, dtype)
         smallest = x.abs().roll(of, 1)
         smallest[:, of - 1] *= 0.1
@@ -218,8 +219,27 @@ def test_what_the_last_token_decides(n, dtype):
         smallest[-1, of] = 0
         assert combine(smallest, **given_tokens).weights[of] == 1
         assert_the_way_does_not_show(smallest, **given_tokens)
+        assert_the_way_does_not_show(smallest, **scaled, **given_tokens)
         smallest[7, of] = torch.nan
-        assert_the_way_does_not_show(smallest, reward_weights=torch.linspace(1, 1.01, n), **given_tokens)
+        assert_the_way_does_not_show(smallest, **scaled, **given_tokens)
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("nan", ["ignore", "propagate"])
+@pytest.mark.parametrize("noon", [True, False])
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 15, 16, 17])
+def test_one_of_them_alone(n, noon, nan):
+    """Which is all that is read where the others have no weight: whatever its weight is, and whatever is not valid."""
+    x, given_tokens = tokens(n, 2 * TILE + 48)
+    x[::3] = -0.0
+    x[~given_tokens["mask"]] = torch.nan
+    rows = {name: tensor.view(2, -1) for name, tensor in given_tokens.items()}
+    for of in {0, n // 2, n - 1}:
+        for weight in (1.0, -1.5, torch.inf, torch.nan):
+            fixed = {"solver": "fixed", "reward_weights": torch.zeros(n), "level": "sequence"}
+            fixed["reward_weights"][of] = weight
+            assert_the_way_does_not_show(x.view(2, -1, n), noon=noon, nan=nan, **fixed, **rows)
+            rows["mask"] = rows["mask"].long()
 
 
 @settings(max_examples=300, **UNTIL_SHARED)

@@ -270,8 +270,8 @@ class Kernel : Streamer<C> {
     }
   }
 
-  // I(A_i) in `x`, which holds what was loaded of an objective of which all is `plain`, else A_i. Adds to `used` how
-  // many tokens have data.
+  // I(A_i) in `x`, which holds A_i, or what was loaded of an objective of which all is `plain` and nothing normalised.
+  // Adds to `used` how many tokens have data: all that are valid, where one objective is plain.
   void gate_tile(uint64_t plain, int count, double& used) {
     for (int i = 0; i < p.n; ++i) {
       C* const x = tile.x + i * stride;
@@ -297,6 +297,8 @@ class Kernel : Streamer<C> {
     used += static_cast<double>(lanes.count(0));
   }
 
+  static constexpr int kColumns = 6;  // two sums of each are 12 of the 16 registers that AVX2 has
+
   // Sums of the products of the objectives' entries in `x`, in the upper triangle. Two objectives at a time with those
   // from the first of them on, these dealt out evenly to as few walks as have registers for their sums.
   void add_gram(int count, double* gram) {
@@ -312,8 +314,6 @@ class Kernel : Streamer<C> {
     }
     if (i < p.n) add_products<1, 1>(i, i, count, gram);
   }
-
-  static constexpr int kColumns = 6;
 
   // Of kRows objectives from i on with kMany from j on, all at once: one sum alone would wait for its own additions,
   // and what is read serves several.

@@ -1,6 +1,6 @@
 // Few objectives, side by side or each by itself: observed and combined in one walk over memory. AVX-512 has registers
-// for their sums; with AVX2, whose sums the compiler keeps on the stack, that still costs less than a tile. And one of
-// up to 16, where the others have no weight. Included once per instruction set.
+// for their sums; with AVX2, whose sums the compiler keeps on the stack, that still costs less than a tile. And one
+// alone, of up to 16 side by side, where the others have no weight. Included once per instruction set.
 #pragma once
 
 #include "combiner.h"
@@ -41,9 +41,9 @@ class Streamer : protected Combiner<C> {
 
   explicit Streamer(const CombineParams& params)
       : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {
-    straight = !p.order && !p.sums && !p.in_place && !p.marks() && !normalizer.active();
-    for (int i = 0; i < p.n; ++i) straight &= gapless(p.advantages[i], adjacent ? p.n : 1);
-    streams = straight && 1 < p.n && p.n <= kFew && can_be_plain &&
+    unbroken = !p.order && !p.sums && !p.in_place && !p.marks() && !normalizer.active();
+    for (int i = 0; i < p.n; ++i) unbroken &= gapless(p.advantages[i], adjacent ? p.n : 1);
+    streams = unbroken && 1 < p.n && p.n <= kFew && can_be_plain &&
               (!p.log_ratio.data || (p.log_ratio_dtype == p.dtype && gapless(p.log_ratio, 1)));
     reads_mask = p.mask.data && size_of(p.mask_dtype) == 1 && gapless(p.mask, 1);
     distant = p.tokens() * p.n * size_of(p.dtype) > kNear;
@@ -74,7 +74,7 @@ class Streamer : protected Combiner<C> {
   template <class S>
   bool stream_one(int64_t t, int count, const Moments* moments) {
     if constexpr (std::is_same_v<S, C>) {
-      if (!straight || many != 1 || weight[0] == 0 || moments[wanted[0]].nonfinite > 0 || count % kLanes != 0)
+      if (!unbroken || many != 1 || weight[0] == 0 || moments[wanted[0]].nonfinite > 0 || count % kLanes != 0)
         return false;
       C* const out = this->template destination<S>(t, count);
       bool done = false;
@@ -199,8 +199,9 @@ class Streamer : protected Combiner<C> {
     auto weigh = [&](int k, V entry) {
       this->put(out, k, Where<V, M>::nonzero(mask + k).add(V{}, share_of * (larger(lowest, entry) * factor)));
     };
-    const bool last = t + count == p.tokens();  // vectors of kStep places would end behind them
-    const int whole = count - (last && kStep > 1 ? kLanes : 0);
+    // The last vector of all is read entry by entry: those of the others would reach beyond the tensor, as far as this
+    // objective stands behind the first.
+    const int whole = count - (kStep > 1 && t + count == p.tokens() ? kLanes : 0);
     for (int k = 0; k < whole; k += kLanes) {
       V rows[kStep];
       load_rows<kStep, C>(src + k * kStep, kStep, rows);
@@ -213,7 +214,8 @@ class Streamer : protected Combiner<C> {
     }
   }
 
-  bool straight, streams, distant, reads_mask;
+  bool unbroken;  // what is read and written are the advantages themselves, which stand without gaps
+  bool streams, distant, reads_mask;
 };
 
 }  // namespace PAMA_ISA
