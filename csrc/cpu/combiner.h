@@ -39,6 +39,9 @@ class Combiner : protected Observer<C> {
   // A vector that need not be aligned. (Clang forgets the alignment of a type that depends on C.)
   static void put(C* x, int k, V value) { memcpy(x + k, &value, sizeof value); }
 
+  // c_i A_i, of entries as they were loaded.
+  static V weighed(V entry, V lowest, V factor, V weight) { return weight * (larger(lowest, entry) * factor); }
+
   // Whether each token stands `step` elements behind the one before, in whatever row.
   bool gapless(const Plane& q, int step) const { return q.col == step && (p.rows == 1 || q.row == p.cols * step); }
 
@@ -286,7 +289,7 @@ class Combiner : protected Observer<C> {
     const V factor = all(scale[wanted[j]]), share_of = all(weight[j]), lowest = all(floor);
     for (int k = 0; k < count; k += kLanes) {
       const M valid = vec(tile.valid + k), take = kPlain ? valid : valid & (finite(vec(x + k)) | propagate);
-      const V share = only(take, share_of * (larger(lowest, vec(x + k)) * factor));
+      const V share = only(take, weighed(vec(x + k), lowest, factor, share_of));
       put(out, k, (first ? V{} : load_vector<C>(out + k)) + share);
       if (kKeep) vec(x + k) = share;
     }

@@ -197,7 +197,7 @@ class Streamer : protected Combiner<C> {
     const C* const src = pama::PAMA_ISA::at<const C>(p.advantages[wanted[0]], 0, t);
     const V factor = all(scale[wanted[0]]), share_of = all(weight[0]), lowest = all(floor);
     auto weigh = [&](int k, V entry) {
-      this->put(out, k, Where<V, M>::nonzero(mask + k).add(V{}, share_of * (larger(lowest, entry) * factor)));
+      this->put(out, k, Where<V, M>::nonzero(mask + k).add(V{}, this->weighed(entry, lowest, factor, share_of)));
     };
     // The last vector of all is read entry by entry: those of the others would reach beyond the tensor, as far as this
     // objective stands behind the first.
