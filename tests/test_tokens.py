@@ -134,3 +134,16 @@ def test_what_another_token_lacks_changes_no_bit(instructions, n, length, noon, 
         assert_same_bits(spoilt[rest], x[rest])
     else:
         assert_same_bits(other.advantages[rest], one.advantages[rest])
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("level", ["batch", "sequence", "token"])
+@pytest.mark.parametrize("spoilt", [torch.nan, torch.inf], ids=str)
+def test_what_is_not_finite_does_not_matter_under_a_fixed_weight_of_0(spoilt, level):
+    x = torch.randn(3, 40, 3, generator=generator(5), dtype=torch.float64).abs()
+    x[..., 1] = spoilt
+    options = {"solver": "fixed", "reward_weights": [0.25, 0.0, 0.75], "nan": "propagate", "level": level}
+    result, expected = combine(x, **options), reference.combine(x, **options)
+    torch.testing.assert_close(result.value, expected.value)
+    torch.testing.assert_close(result.advantages, expected.advantages)
+    assert result.value.isfinite().all() and result.advantages.isfinite().all()
