@@ -35,6 +35,7 @@ def build(folder: Path, cuda: Path) -> Callable[..., int]:
     """The kernels of the folder ``cuda`` as a library of the host."""
     library = folder / "combine_on_host.so"
     command = [CXX, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-fPIC", "-shared", "-pthread", "-DPAMA_WITH_CUDA"]
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU accesses 16 aligned bytes at once
     command += [f'-DCOMBINE_CU="{cuda}/combine.cu"', f'-DNORMALIZE_CU="{cuda}/normalize.cu"']
     command += [f"-I{ROOT}/tests/cuda_on_host", f"-I{ROOT}/csrc/include", f"-I{cuda}"]
     command += [str(ROOT / "tests/cuda_on_host/combine_on_host.cpp")]
@@ -53,18 +54,28 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
 
 
 def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_form", noon=True, nan="ignore",
-        skip_inactive=False, reward_weights=None, in_place=False, normalize=None, first=False, offset=0):  # fmt: skip
+        skip_inactive=False, reward_weights=None, in_place=False, normalize=None, first=False, offset=0,
+        offsets=(0, 0, 0)):  # fmt: skip
     """The advantages (in place: the shares) and the packed results, and the number of blocks that made them.
 
-    ``first``: objectives stand first in memory; ``offset``: so many elements beyond an aligned address.
+    ``first``: objectives stand first in memory; ``offset``: so many elements beyond an aligned address; ``offsets``:
+    the same of mask, log_ratio and the result.
     """
     n, rows = advantages.shape[-1], solves(advantages.shape[0], level, normalize)
     groups = None if normalize is None or normalize._groups is None else normalize._groups.long().contiguous()
     compute = torch.float64 if advantages.dtype == torch.float64 else torch.float32
-    memory = torch.empty(advantages.numel() + offset, dtype=advantages.dtype)[offset:]
+
+    def beyond(offset, shape, dtype):
+        return torch.full((math.prod(shape) + offset,), float("nan"), dtype=dtype)[offset:].view(shape)
+
+    memory = beyond(offset, advantages.shape, advantages.dtype)
     at = memory.view(advantages.movedim(-1, 0).shape).movedim(0, -1) if first else memory.view(advantages.shape)
     advantages = at.copy_(advantages)
-    out = None if in_place else torch.full(advantages.shape[:-1], float("nan"), dtype=advantages.dtype)
+    mask, log_ratio = (
+        t if t is None else beyond(offset, t.shape, t.dtype).copy_(t)
+        for t, offset in zip((mask, log_ratio), offsets, strict=False)
+    )
+    out = None if in_place else beyond(offsets[2], advantages.shape[:-1], advantages.dtype)
     packed = torch.full((10 * n + rows * (n + 1),), float("nan"), dtype=compute)
     rewards = None if reward_weights is None else (ctypes.c_double * n)(*reward_weights)
     problem = ctypes.c_char_p()
@@ -172,9 +183,13 @@ def test_awkward_shapes(kernel, level, shape):
 
 @pytest.fixture
 def device(kernel):
-    """Imitates a device of a compute capability, with so much shared memory on a multiprocessor."""
-    yield kernel.use_device
-    kernel.use_device(9, 228 * 1024)
+    """Imitates a device: compute capability, shared memory and number of multiprocessors, second-level cache."""
+
+    def use(capability=9, shared=228 * 1024, multiprocessors=2, cache=50 << 20):
+        kernel.use_device(capability, shared, multiprocessors, cache)
+
+    yield use
+    use()
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -258,6 +273,44 @@ def test_plain_calls_of_several_blocks(kernel, device, dtype, capability):
             assert_same_bits(got, first[0])
             assert_same_bits(packed, first[1])
         assert_results(first, *inputs, level="batch")
+
+
+@pytest.mark.parametrize("capability", [8, 9])
+@pytest.mark.parametrize(("tokens", "n", "expected"), [(6000, 3, 3), (12000, 5, 8), (29000, 3, 22), (66 * 256, 16, 66)])
+def test_plain_calls_of_many_blocks(kernel, device, tokens, n, expected, capability):
+    """More of them than a warp of each slice looks at in one turn, and clusters of more than two."""
+    device(capability, multiprocessors=66)
+    inputs = problem((1, tokens, n))
+    first = None
+    for order in ORDERS:
+        got, packed, blocks = run(kernel, *inputs, order, level="batch")
+        assert blocks == expected
+        assert kernel.meeting() == (1 if capability == 9 and blocks <= 8 else 2)  # pama::Meeting
+        first = first or (got, packed)
+        assert_same_bits(got, first[0])
+        assert_same_bits(packed, first[1])
+    assert_results(first, *inputs, level="batch")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+def test_plain_calls_whatever_is_unaligned(kernel, n, dtype):
+    """The machine may access 16 bytes at once of all tensors, or else of none; last tokens one by one."""
+    for tokens in (8, 701, 4200):
+        inputs = problem((1, tokens, n), dtype)
+        for first, offset, offsets in itertools.product((False, True), (0, 1), itertools.product((0, 1), repeat=3)):
+            got, packed, _ = run(kernel, *inputs, 7, level="batch", first=first, offset=offset, offsets=offsets)
+            assert_results((got, packed), *inputs, level="batch")
+
+
+def test_plain_calls_that_the_second_level_cache_does_not_hold(kernel, device):
+    """Half of it at most: the general kernel reads device memory less often."""
+    inputs = problem((1, 10_000, 3))
+    for cache, expected in ((2 * 10_000 * 17, 2), (2 * 10_000 * 17 - 2, 4)):
+        device(cache=cache)
+        got, packed, blocks = run(kernel, *inputs, 1, level="batch")
+        assert blocks == expected
+        assert_results((got, packed), *inputs, level="batch")
 
 
 @hypothesis.settings(max_examples=40)

@@ -71,6 +71,7 @@ def build(folder: Path, source: Path):
     (folder / "gae_on_host.cpp").write_text(SOURCE)
     library = folder / "gae_on_host.so"
     command = [CXX, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-fPIC", "-shared", "-pthread", "-DPAMA_WITH_CUDA"]
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command += [f'-DGAE_CU="{source}"', f"-I{ROOT}/tests/cuda_on_host", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc"]
     command += [f"-I{ROOT}/csrc/cuda", str(folder / "gae_on_host.cpp"), str(ROOT / "csrc/gae_plan.cpp")]
     subprocess.run([*command, "-o", str(library)], check=True)

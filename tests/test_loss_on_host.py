@@ -30,6 +30,7 @@ def build(folder: Path, name: str, cuda: Path) -> ctypes.CDLL:
     """``policy`` or ``value``, of the sources in the folder ``cuda``."""
     library = folder / f"{name}_on_host.so"
     command = [CXX, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-fPIC", "-shared", "-pthread"]
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command += [f'-D{name.upper()}_CU="{cuda}/{name}_loss.cu"']
     command += [f"-I{folder}" for folder in (ROOT / "tests/cuda_on_host", ROOT / "csrc/include", ROOT / "csrc", cuda)]
     command += [str(ROOT / "tests/cuda_on_host/loss_on_host.cpp"), str(ROOT / "csrc/loss_plan.cpp")]

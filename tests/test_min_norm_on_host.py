@@ -52,6 +52,7 @@ def build(folder: Path, header: str | None = None):
         (folder / "pama/min_norm.h").write_text(header)
     library = folder / "min_norm_on_host.so"
     command = [CXX, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-fPIC", "-shared", "-pthread", "-DPAMA_WITH_CUDA"]
+    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command += [f'-DMIN_NORM_CU="{ROOT}/csrc/cuda/min_norm.cu"', f"-I{folder}", f"-I{ROOT}/tests/cuda_on_host"]
     command += [f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cuda", str(folder / "min_norm_on_host.cpp")]
     subprocess.run([*command, "-o", str(library)], check=True)

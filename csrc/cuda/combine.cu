@@ -55,7 +55,7 @@ constexpr ShapeRow kDirectShapes[] = {
     {65536, 8192, kClusterBlocks, Meeting::kCluster},
     {INT64_MAX, 4096, INT32_MAX, Meeting::kGrid},
 };
-constexpr int64_t kDirectBytes = 192 * 1024;  // so that the second-level cache holds all
+constexpr int64_t kDirectBytes = 192 * 1024;  // and in all no more than half of the second-level cache
 constexpr int kDirectMost = 16;  // objectives of several blocks: a load of 32 entries touches as many cache lines
 
 template <class S, Kind kKind>
@@ -156,13 +156,10 @@ void plan_entries(CombineParams& p) {
   p.gate_high = at_most<float>(p.log_high);
 }
 
+// One of which is resident on each multiprocessor.
 int64_t direct_blocks(const CombineParams& p) {
-  const int64_t wanted = wanted_blocks(p, kDirectShapes);
-  if (wanted <= 1) return 1;
-  return with_dtype(p.dtype, [&](auto s) {
-    constexpr auto kKernel = combine_direct_kernel<decltype(s)>;
-    return std::min<int64_t>(wanted, resident_blocks<kKernel>(p.device.index, 32 * kDirectWarps, 1));
-  });
+  return std::min<int64_t>(wanted_blocks(p, kDirectShapes),
+                           attribute_of<cudaDevAttrMultiProcessorCount>(p.device.index));
 }
 
 // Whether cuda/direct.cuh does it: Noon and no Normalize, all tensors with one step from token to token, of which a
@@ -173,24 +170,50 @@ bool is_direct(const CombineParams& p) {
     return (p.rows == 1 || q.row == p.cols * q.col) && -kFar < q.col && q.col < kFar;
   };
   const int64_t bytes = p.tokens() * (p.n * size_of(p.dtype) + (p.mask.data ? 1 : 0) + (p.log_ratio.data ? 4 : 0));
+  const int64_t cache = attribute_of<cudaDevAttrL2CacheSize>(p.device.index);
   return p.level == Level::kBatch && !p.has_gram() && p.plain && !p.in_place && p.gates_together && steps(p.out) &&
          p.n <= (direct_blocks(p) > 1 ? kDirectMost : kDirectWarps) &&
-         std::all_of(p.advantages, p.advantages + p.n, steps) && bytes <= direct_blocks(p) * kDirectBytes;
+         std::all_of(p.advantages, p.advantages + p.n, steps) &&
+         bytes <= std::min(direct_blocks(p) * kDirectBytes, cache / 2);
+}
+
+// Whether all that it accesses stands so that it can be accessed kBytes at a time.
+template <class S>
+bool aligned(const CombineParams& p) {
+  constexpr int kVec = kBytes / sizeof(S);
+  const auto holds = [](const Plane& q, size_t bytes) { return reinterpret_cast<uintptr_t>(q.data) % bytes == 0; };
+  return holds(p.advantages[0], kBytes) && holds(p.mask, kVec) && holds(p.log_ratio, alignof(Pack<float, kVec>)) &&
+         p.out_together && holds(p.out, kBytes);
+}
+
+template <class S, int kMany>
+void launch_direct_of(CombineParams& p, void* stream) {
+  const int64_t blocks = direct_blocks(p), each = (p.tokens() + blocks - 1) / blocks;
+  if (!aligned<S>(p) || (p.access == Access::kInterleaved && kMany == 1)) p.access = Access::kAny;
+  p.run_tokens = (each + 31) / 32 * 32;
+  p.tile_slices = 1;
+  const int objectives = kMany > 1 ? 1 : p.n;  // of different warps
+  while (2 * p.tile_slices * objectives <= kDirectWarps && 2 * p.tile_slices <= kDirectSlices &&
+         2 * p.tile_slices * kDirectSlice <= p.run_tokens)
+    p.tile_slices *= 2;
+  constexpr auto kKernel = combine_direct_kernel<S, kMany>;
+  p.meeting = meeting_of<kKernel>(p, blocks, kDirectShapes);
+  launch_together(reinterpret_cast<const void*>(kKernel), blocks, 32 * p.tile_slices * objectives, p, stream,
+                  "launching combine_direct_kernel", p.meeting,
+                  sizeof(DirectShared<typename Storage<S>::Compute, kMany>));
 }
 
 void launch_direct(CombineParams& p, void* stream) {
-  const int64_t blocks = direct_blocks(p), each = (p.tokens() + blocks - 1) / blocks;
-  p.run_tokens = (each + 31) / 32 * 32;
-  p.tile_slices = 1;
-  while (2 * p.tile_slices * p.n <= kDirectWarps && 2 * p.tile_slices <= kDirectSlices &&
-         2 * p.tile_slices * kDirectSlice <= p.run_tokens)
-    p.tile_slices *= 2;
+  p.access = access_of(p);
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    constexpr auto kKernel = combine_direct_kernel<S>;
-    p.meeting = meeting_of<kKernel>(p, blocks, kDirectShapes);
-    launch_together(reinterpret_cast<const void*>(kKernel), blocks, 32 * p.tile_slices * p.n, p, stream,
-                    "launching combine_direct_kernel", p.meeting, sizeof(DirectShared<typename Storage<S>::Compute>));
+    static_assert(kDirectMany == 4);
+    switch (p.access == Access::kInterleaved ? p.n : 1) {
+      case 2: return launch_direct_of<S, 2>(p, stream);
+      case 3: return launch_direct_of<S, 3>(p, stream);
+      case 4: return launch_direct_of<S, 4>(p, stream);
+      default: return launch_direct_of<S, 1>(p, stream);
+    }
   });
 }
 

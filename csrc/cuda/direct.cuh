@@ -1,7 +1,7 @@
-// The kernel of plain calls at level batch that fit on the chip: no tile, a warp to each slice of each objective, which
-// loads what it needs itself, a second and a third time from a cache: the first if one block does all, the second
-// where blocks have met, as that empties the first. A call of a few hundred numbers takes as long as its longest chain
-// of instructions, so this one is short.
+// The kernel of plain calls at level batch that fit on the chip: no tile, a warp to each slice of an objective, or of a
+// few that stand side by side, which loads what it needs itself, a second and a third time from a cache: the first if
+// one block does all, the second where blocks have met, as that empties the first. A call of a few hundred numbers
+// takes as long as its longest chain of instructions, so this one is short.
 #pragma once
 
 #include "launch.h"
@@ -14,8 +14,10 @@ namespace pama {
 constexpr int kDirectWarps = 32;   // of a block; as many objectives at most: where all meet, a lane has one of them
 constexpr int kDirectSlices = 16;  // of an objective in a block: whoever needs the whole adds them up
 constexpr int kDirectSlice = 128;  // tokens that are worth a warp
+constexpr int kDirectMany = 4;     // objectives of a warp at most: a lane holds what it finds of each
+constexpr int direct_threads(int many) { return 32 * (many > 1 ? kDirectSlices : kDirectWarps); }
 template <class S>
-constexpr int kDirectLoads = sizeof(S) == 8 ? 2 : 4;  // of a lane, from each tensor, under way
+constexpr int kDirectLoads = sizeof(S) == 8 ? 2 : 4;  // of elements one by one, from each tensor, under way
 
 // What a warp has found in its slice of an objective, or all slices of a block, or all blocks.
 template <class C>
@@ -36,24 +38,12 @@ struct Found {
     positive += x.positive;
     clipped += x.clipped;
   }
-  // Those of all lanes, without their spread.
-  __device__ __forceinline__ void meet() {
-    for (int offset = 16; offset > 0; offset /= 2) {
-      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-      active += __shfl_xor_sync(0xffffffffu, active, offset);
-      low = static_cast<C>(fmin(low, __shfl_xor_sync(0xffffffffu, low, offset)));
-      high = static_cast<C>(fmax(high, __shfl_xor_sync(0xffffffffu, high, offset)));
-    }
-    usable = warp_sum(usable, 32);
-    valid = warp_sum(valid, 32);
-    positive = warp_sum(positive, 32);
-    clipped = warp_sum(clipped, 32);
-  }
 };
 
-template <class C>
+template <class C, int kMany>
 struct DirectShared {
-  Found<C> slice[kDirectWarps];  // [n, slices], of the block; then of all blocks, of which each slice has some
+  // [n, slices], of the block; then of all blocks, of which each slice has some
+  Found<C> slice[kMany > 1 ? kMany * kDirectSlices : kDirectWarps];
   Found<C> block[kDirectWarps];  // [n]
   bool last;                     // of all blocks to get that far
 };
@@ -75,13 +65,14 @@ struct Published {
   }
 };
 
-template <class S>
+// kMany: objectives of a warp. More than one are all there are, side by side in memory.
+template <class S, int kMany>
 class Direct {
   using C = typename Storage<S>::Compute;
-  static constexpr int kLoads = kDirectLoads<S>;
+  static constexpr int kVec = kBytes / sizeof(S), kLoads = kMany > 1 ? 1 : kDirectLoads<S>;
 
  public:
-  __device__ __forceinline__ Direct(const CombineParams& params, DirectShared<C>& memory)
+  __device__ __forceinline__ Direct(const CombineParams& params, DirectShared<C, kMany>& memory)
       : p(params),
         shared(memory),
         published(params.workspace, params.n),
@@ -89,7 +80,7 @@ class Direct {
         mask(params.mask.data ? reinterpret_cast<const uint8_t*>(params.mask.data) + begin : nullptr),
         log_ratio(params.log_ratio.data ? reinterpret_cast<const float*>(params.log_ratio.data) + begin : nullptr),
         tokens(static_cast<int>(max(int64_t{0}, min(params.run_tokens, params.tokens() - begin)))),
-        warp(static_cast<int>(threadIdx.x) / 32),
+        whole(params.access == Access::kAny ? 0 : tokens / kVec * kVec),
         lane(static_cast<int>(threadIdx.x) % 32),
         step(32 * params.tile_slices),
         first(static_cast<int>(threadIdx.x) & (step - 1)),  // a power of two
@@ -127,11 +118,10 @@ class Direct {
  private:
   struct Spread {
     C drift{0}, squares{0};
-
-    __device__ __forceinline__ void meet() {
-      drift = warp_sum(drift);
-      squares = warp_sum(squares);
-    }
+  };
+  template <class T>
+  struct Each {  // objective of this warp
+    T of[kMany];
   };
 
   // This thread's number over a power of two.
@@ -139,23 +129,95 @@ class Direct {
     return static_cast<int>(threadIdx.x) >> (__ffs(power) - 1);
   }
 
-  // Of this warp, where the others look for it.
-  __device__ __forceinline__ void keep(const Found<C>& f) const {
-    if (lane == 0) shared.slice[warp] = f;
+  // Those of all lanes: the objectives take the steps together, as each step waits for the one before.
+  static __device__ __forceinline__ void meet(Each<Found<C>>& f) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+#pragma unroll
+      for (Found<C>& x : f.of) {
+        x.sum += __shfl_xor_sync(0xffffffffu, x.sum, offset);
+        x.active += __shfl_xor_sync(0xffffffffu, x.active, offset);
+        x.low = static_cast<C>(fmin(x.low, __shfl_xor_sync(0xffffffffu, x.low, offset)));
+        x.high = static_cast<C>(fmax(x.high, __shfl_xor_sync(0xffffffffu, x.high, offset)));
+      }
+    }
+#pragma unroll
+    for (Found<C>& x : f.of) {
+      x.usable = warp_sum(x.usable, 32);
+      x.valid = warp_sum(x.valid, 32);
+      x.positive = warp_sum(x.positive, 32);
+      x.clipped = warp_sum(x.clipped, 32);
+    }
   }
-  __device__ __forceinline__ void keep_spread(const Spread& f) const {
-    if (lane == 0) shared.slice[warp].drift = f.drift, shared.slice[warp].squares = f.squares;
+  static __device__ __forceinline__ void meet(Each<Spread>& s) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+#pragma unroll
+      for (Spread& x : s.of) {
+        x.drift += __shfl_xor_sync(0xffffffffu, x.drift, offset);
+        x.squares += __shfl_xor_sync(0xffffffffu, x.squares, offset);
+      }
+    }
   }
 
-  // Calls each(raw, valid, not_above) for the entries of this lane, loads of some at once.
+  // Of this warp, where the others look for it.
+  __device__ __forceinline__ Found<C>& slot(int j) const {
+    return shared.slice[(objective + j) * p.tile_slices + first / 32];
+  }
+  __device__ __forceinline__ void keep(const Each<Found<C>>& f) const {
+#pragma unroll
+    for (int j = 0; j < kMany; ++j)
+      if (lane == 0) slot(j) = f.of[j];
+  }
+  __device__ __forceinline__ void keep_spread(const Each<Spread>& s) const {
+#pragma unroll
+    for (int j = 0; j < kMany; ++j)
+      if (lane == 0) slot(j).drift = s.of[j].drift, slot(j).squares = s.of[j].squares;
+  }
+
+  // From token k on of this block: kVec tokens of objective i, or of all that stand side by side.
+  __device__ __forceinline__ Each<Pack<S, kVec>> load_whole(int i, int k) const {
+    const auto* x =
+        reinterpret_cast<const Pack<S, kVec>*>(reinterpret_cast<const S*>(p.advantages[i].data) + (begin + k) * kMany);
+    Each<Pack<S, kVec>> raw;
+#pragma unroll
+    for (int j = 0; j < kMany; ++j) raw.of[j] = x[j];
+    return raw;
+  }
+  static __device__ __forceinline__ C entry_of(const Each<Pack<S, kVec>>& raw, int t, int j) {
+    return Storage<S>::load(raw.of[(t * kMany + j) / kVec].at[(t * kMany + j) % kVec]);
+  }
+  __device__ __forceinline__ Pack<uint8_t, kVec> mask_of(int k) const {
+    if (mask) return pack<uint8_t, kVec>(mask + k);
+    Pack<uint8_t, kVec> all;
+#pragma unroll
+    for (uint8_t& x : all.at) x = 1;
+    return all;
+  }
+
+  // Calls each(j, raw, valid, not_above) for the entries of this lane: kVec tokens at once, or one by one, loads of
+  // some under way.
   template <bool kGates, class F>
   __device__ __forceinline__ void entries(F each) const {
+#pragma unroll 1
+    for (int k = kVec * first; k < whole; k += kVec * step) {
+      const Each<Pack<S, kVec>> raw = load_whole(objective, k);
+      const Pack<uint8_t, kVec> set = mask_of(k);
+      Pack<float, kVec> log_u;
+      if (kGates && log_ratio) log_u = pack<float, kVec>(log_ratio + k);
+#pragma unroll
+      for (int t = 0; t < kVec; ++t) {
+        const bool not_above = !kGates || !log_ratio || log_u.at[t] <= p.gate_high;
+#pragma unroll
+        for (int j = 0; j < kMany; ++j) each(j, entry_of(raw, t, j), set.at[t] != 0, not_above);
+      }
+    }
     const Plane& q = p.advantages[objective];
     const S* x = reinterpret_cast<const S*>(q.data) + begin * q.col;
     const int apart = static_cast<int>(q.col);
 #pragma unroll 1
-    for (int k = first; k < tokens; k += kLoads * step) {
-      S raw[kLoads];
+    for (int k = whole + first; k < tokens; k += kLoads * step) {
+      S raw[kLoads][kMany];
       bool valid[kLoads];
       float log_u[kLoads];
       int at[kLoads];
@@ -163,7 +225,8 @@ class Direct {
       for (int d = 0; d < kLoads; ++d) {
         valid[d] = k + d * step < tokens;
         at[d] = min(k + d * step, tokens - 1);
-        raw[d] = x[at[d] * apart];
+#pragma unroll
+        for (int j = 0; j < kMany; ++j) raw[d][j] = x[at[d] * apart + j];
         log_u[d] = -HUGE_VALF;
       }
 #pragma unroll
@@ -171,15 +234,18 @@ class Direct {
 #pragma unroll
       for (int d = 0; d < kLoads && mask; ++d) valid[d] &= mask[at[d]] != 0;
 #pragma unroll
-      for (int d = 0; d < kLoads; ++d) each(Storage<S>::load(raw[d]), valid[d], log_u[d] <= p.gate_high);
+      for (int d = 0; d < kLoads; ++d)
+#pragma unroll
+        for (int j = 0; j < kMany; ++j) each(j, Storage<S>::load(raw[d][j]), valid[d], log_u[d] <= p.gate_high);
     }
   }
 
   // Everything but the spread.
-  __device__ __forceinline__ Found<C> look() const {
-    Found<C> f;
-    entries<true>([&](C raw, bool valid, bool not_above) {
+  __device__ __forceinline__ Each<Found<C>> look() const {
+    Each<Found<C>> all;
+    entries<true>([&](int j, C raw, bool valid, bool not_above) {
       const Entry<C> e = plain_entry(raw, valid, not_above);
+      Found<C>& f = all.of[j];
       f.valid += valid;
       if (e.finite) {
         f.sum += raw;
@@ -191,8 +257,8 @@ class Direct {
       f.positive += e.positive;
       f.clipped += e.clipped;
     });
-    f.meet();
-    return f;
+    meet(all);
+    return all;
   }
 
   __device__ __forceinline__ Found<C> all_slices(int i) const {
@@ -209,55 +275,63 @@ class Direct {
     return f;
   }
 
-  // The mean of this objective, nearly: the sum of huge entries may overflow.
-  __device__ __forceinline__ C centre() const {
-    C sum{0};
-    unsigned usable = 0;
+  // The mean of each objective, nearly: the sum of huge entries may overflow.
+  __device__ __forceinline__ Each<C> centre() const {
+    Each<C> mean;
+#pragma unroll
+    for (int j = 0; j < kMany; ++j) {
+      const Found<C>* const slices = shared.slice + (objective + j) * p.tile_slices;
+      C sum{0};
+      unsigned usable = 0;
 #pragma unroll 1
-    for (int s = 0; s < p.tile_slices; ++s) {
-      sum += shared.slice[objective * p.tile_slices + s].sum;
-      usable += shared.slice[objective * p.tile_slices + s].usable;
+      for (int s = 0; s < p.tile_slices; ++s) {
+        sum += slices[s].sum;
+        usable += slices[s].usable;
+      }
+      mean.of[j] = centre_of(sum, usable);
     }
-    return centre_of(sum, usable);
+    return mean;
   }
   static __device__ __forceinline__ C centre_of(C sum, unsigned usable) {
     const C mean = sum / static_cast<C>(usable > 0 ? usable : 1);
     return is_finite(mean) ? mean : C{0};
   }
 
-  // Of this objective, by its first warp: what the block has found, where other blocks look for it.
+  // By the first warp of its objectives: what the block has found, where other blocks look for it.
   __device__ __forceinline__ void publish() {
-    const Found<C> f = all_slices(objective);
-    if (lane != 0) return;
+    if (lane >= kMany) return;
+    const int i = objective + lane;
+    const Found<C> f = all_slices(i);
     if (p.meeting == Meeting::kCluster) {
-      shared.block[objective] = f;
+      shared.block[i] = f;
     } else {
-      published.found[static_cast<int>(blockIdx.x) * p.n + objective] = f;
+      published.found[static_cast<int>(blockIdx.x) * p.n + i] = f;
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) *published.count = 0;
   }
 
-  // What some of the blocks have found of this objective, the others being those of its other slices.
-  __device__ __forceinline__ Found<C> gather() const {
-    Found<C> f;
+  // What some of the blocks have found, the others being those of other slices.
+  __device__ __forceinline__ Each<Found<C>> gather() const {
+    Each<Found<C>> f;
 #pragma unroll 1
     for (int b = first; b < static_cast<int>(gridDim.x); b += step) {
       const Found<C>* of = published.found + b * p.n;
       if (p.meeting == Meeting::kCluster) of = cluster().map_shared_rank(shared.block, b);
-      f.add(of[objective]);
+#pragma unroll
+      for (int j = 0; j < kMany; ++j) f.of[j].add(of[objective + j]);
     }
-    f.meet();
+    meet(f);
     return f;
   }
 
-  __device__ __forceinline__ Spread spread(C centre) const {
-    Spread s;
-    entries<false>([&](C raw, bool valid, bool) {
-      const C d = valid & is_finite(raw) ? raw - centre : C{0};
-      s.drift += d;
-      s.squares += d * d;
+  __device__ __forceinline__ Each<Spread> spread(const Each<C>& centre) const {
+    Each<Spread> s;
+    entries<false>([&](int j, C raw, bool valid, bool) {
+      const C d = valid & is_finite(raw) ? raw - centre.of[j] : C{0};
+      s.of[j].drift += d;
+      s.of[j].squares += d * d;
     });
-    s.meet();
+    meet(s);
     return s;
   }
 
@@ -269,19 +343,25 @@ class Direct {
       to[1] = f.squares;
     }
     __syncwarp();
-    if (lane == 0) shared.last = count_in(published.count) == gridDim.x;
+    if (lane != 0) return;
+    const bool last = count_in(published.count) == gridDim.x;
+    if (last) __threadfence();  // what the others wrote before they counted themselves in is seen from here on
+    shared.last = last;
   }
 
   // As gather().
-  __device__ __forceinline__ Spread gather_spread() const {
-    __threadfence();
-    Spread s;
+  __device__ __forceinline__ Each<Spread> gather_spread() const {
+    Each<Spread> s;
 #pragma unroll 1
     for (int b = first; b < static_cast<int>(gridDim.x); b += step) {
-      s.drift += published.spread[2 * (b * p.n + objective)];
-      s.squares += published.spread[2 * (b * p.n + objective) + 1];
+      volatile C* const of = published.spread + 2 * (b * p.n + objective);
+#pragma unroll
+      for (int j = 0; j < kMany; ++j) {
+        s.of[j].drift += of[2 * j];
+        s.of[j].squares += of[2 * j + 1];
+      }
     }
-    s.meet();
+    meet(s);
     return s;
   }
 
@@ -327,12 +407,44 @@ class Direct {
     put(kStatistics, weight);
   }
 
-  // The combination, a thread to a token, loads of some at once.
+  // The combination, a thread to kVec tokens, or to one, loads of some under way.
   __device__ __forceinline__ void combine(C weight) const {
     const unsigned weighted = __ballot_sync(0xffffffffu, weight != C{0});
     const int threads = static_cast<int>(blockDim.x);
+    S* const out = reinterpret_cast<S*>(p.out.data) + begin * p.out.col;
 #pragma unroll 1
-    for (int base = static_cast<int>(threadIdx.x) - lane; base < tokens; base += kLoads * threads) {
+    for (int base = kVec * (static_cast<int>(threadIdx.x) - lane); base < whole; base += kVec * threads) {
+      const int k = min(base + kVec * lane, whole - kVec);
+      const Pack<uint8_t, kVec> set = mask_of(k);
+      Each<Pack<S, kVec>> raw;
+      if (kMany > 1) raw = load_whole(0, k);
+      C combined[kVec];
+#pragma unroll
+      for (C& x : combined) x = C{0};
+      const auto add_all = [&](int i, int j) {
+        const C share = __shfl_sync(0xffffffffu, weight, i);
+#pragma unroll
+        for (int t = 0; t < kVec; ++t) add(combined[t], share, entry_of(raw, t, j), set.at[t] != 0);
+      };
+      if constexpr (kMany > 1) {
+#pragma unroll
+        for (int j = 0; j < kMany; ++j)
+          if (weighted >> j & 1) add_all(j, j);
+      } else {
+#pragma unroll 1
+        for (unsigned left = weighted; left != 0; left &= left - 1) {
+          const int i = __ffs(static_cast<int>(left)) - 1;
+          raw = load_whole(i, k);
+          add_all(i, 0);
+        }
+      }
+      Pack<S, kVec> rounded;
+#pragma unroll
+      for (int t = 0; t < kVec; ++t) rounded.at[t] = Storage<S>::store(combined[t]);
+      if (base + kVec * lane < whole) pack<S, kVec>(out + k) = rounded;
+    }
+#pragma unroll 1
+    for (int base = whole + static_cast<int>(threadIdx.x) - lane; base < tokens; base += kLoads * threads) {
       int at[kLoads];
       bool valid[kLoads];
       C combined[kLoads];
@@ -352,30 +464,33 @@ class Direct {
 #pragma unroll
         for (int d = 0; d < kLoads; ++d) raw[d] = x[at[d] * static_cast<int>(q.col)];
 #pragma unroll
-        for (int d = 0; d < kLoads; ++d) {
-          const Entry<C> e = plain_entry(Storage<S>::load(raw[d]), valid[d], true);
-          if (e.taken) combined[d] += share * e.advantage;
-        }
+        for (int d = 0; d < kLoads; ++d) add(combined[d], share, Storage<S>::load(raw[d]), valid[d]);
       }
 #pragma unroll
       for (int d = 0; d < kLoads; ++d)
-        if (base + lane + d * threads < tokens)
-          reinterpret_cast<S*>(p.out.data)[(begin + at[d]) * p.out.col] = Storage<S>::store(combined[d]);
+        if (base + lane + d * threads < tokens) out[at[d] * p.out.col] = Storage<S>::store(combined[d]);
     }
+  }
+  static __device__ __forceinline__ void add(C& combined, C share, C raw, bool valid) {
+    const Entry<C> e = plain_entry(raw, valid, true);
+    if (e.taken) combined += share * e.advantage;
   }
 
   const CombineParams& p;
-  DirectShared<C>& shared;
+  DirectShared<C, kMany>& shared;
   const Published<C> published;
   const int64_t begin;  // of the tokens of this block
   const uint8_t* const mask;
   const float* const log_ratio;
-  const int tokens, warp, lane, step, first, objective;
+  const int tokens, whole;  // of them, as many as are accessed kBytes at a time
+  const int lane, step, first, objective;
 };
 
-template <class S>
-__global__ void __launch_bounds__(32 * kDirectWarps) combine_direct_kernel(const __grid_constant__ CombineParams p) {
-  Direct<S>(p, *reinterpret_cast<DirectShared<typename Storage<S>::Compute>*>(dynamic_shared())).run();
+template <class S, int kMany>
+__global__ void __launch_bounds__(direct_threads(kMany))
+    combine_direct_kernel(const __grid_constant__ CombineParams p) {
+  using Shared = DirectShared<typename Storage<S>::Compute, kMany>;
+  Direct<S, kMany>(p, *reinterpret_cast<Shared*>(dynamic_shared())).run();
 }
 
 }  // namespace pama

@@ -12,12 +12,11 @@ static void call_kernel(const void* argument, const void* kernel) {
 #include NORMALIZE_CU
 
 // The device that is imitated from here on.
-extern "C" void use_device(int compute_capability, int shared_bytes) {
-  for (host::device = 0; host::device < static_cast<int>(host::devices.size()); ++host::device) {
-    const auto [capability, bytes] = host::devices[host::device];
-    if (capability == compute_capability && bytes == shared_bytes) return;
-  }
-  host::devices.push_back({compute_capability, shared_bytes});
+extern "C" void use_device(int compute_capability, int shared_bytes, int multiprocessors, int cache_bytes) {
+  const host::Imitated wanted{compute_capability, shared_bytes, multiprocessors, cache_bytes};
+  const auto known = std::find(host::devices.begin(), host::devices.end(), wanted);
+  host::device = static_cast<int>(known - host::devices.begin());
+  if (known == host::devices.end()) host::devices.push_back(wanted);
 }
 
 static pama::Meeting met;

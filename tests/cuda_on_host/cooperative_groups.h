@@ -5,9 +5,18 @@
 // A cluster here is the whole grid, as it is in the kernels of this package.
 namespace cooperative_groups {
 struct Grid {
-  void sync() const { host::wait(host::State::kGrid); }
-  void barrier_arrive() const {}
-  void barrier_wait() const { sync(); }
+  void sync() const {
+    barrier_arrive();
+    barrier_wait();
+  }
+  // One after the other, or a GPU would wait forever.
+  void barrier_arrive() const {
+    if ((*host::fibers)[threadIdx.x].arrived++ != 0) std::terminate();
+  }
+  void barrier_wait() const {
+    if (--(*host::fibers)[threadIdx.x].arrived != 0) std::terminate();
+    host::wait(host::State::kGrid);
+  }
   template <class T>
   T* map_shared_rank(T* mine, int block) const {
     const char* base = aligned((*host::shared)[blockIdx.x]);

@@ -51,6 +51,7 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
   cudaDevAttrMaxSharedMemoryPerMultiprocessor,
   cudaDevAttrReservedSharedMemoryPerBlock,
+  cudaDevAttrL2CacheSize,
 };
 enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum { cudaLaunchAttributeClusterDimension = 1, cudaLaunchAttributeCooperative };
@@ -69,11 +70,12 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 namespace host {
-// The devices that are imitated: two multiprocessors each, of so much shared memory.
+// The devices that are imitated.
 struct Imitated {
-  int compute_capability, shared_bytes;
+  int compute_capability, shared_bytes, multiprocessors, cache_bytes;
+  bool operator==(const Imitated&) const = default;
 };
-inline std::vector<Imitated> devices{{9, 228 * 1024}};
+inline std::vector<Imitated> devices{{9, 228 * 1024, 2, 50 << 20}};
 inline int device = 0;
 }  // namespace host
 inline const char* cudaGetErrorString(int) { return "none"; }
@@ -81,8 +83,8 @@ inline int cudaGetLastError() { return cudaSuccess; }
 inline int cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline int cudaSetDevice(int) { return cudaSuccess; }
 inline int cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  const auto [capability, shared] = host::devices.at(device);
-  const int known[] = {2, capability, shared - 1024, shared, 1024};
+  const auto [capability, shared, multiprocessors, cache] = host::devices.at(device);
+  const int known[] = {multiprocessors, capability, shared - 1024, shared, 1024, cache};
   return *value = known[attribute], cudaSuccess;
 }
 struct cudaFuncAttributes {
@@ -118,6 +120,7 @@ struct Fiber {
   bool started = false;
   State state = State::kReady;
   unsigned mask;    // at kWarp: the lanes that wait for each other
+  int arrived = 0;  // at the barrier of the cluster, without having waited there yet
   double exchange;  // what a shuffle shows the others
 };
 
@@ -194,6 +197,7 @@ inline void run_block(int block, int blocks, int threads, const void* kernel, co
         &all[k].start,
         +[] {
           job.call(job.argument, job.kernel);
+          if ((*fibers)[threadIdx.x].arrived != 0) std::terminate();
           wait(State::kDone);
         },
         0);
