@@ -39,12 +39,13 @@ class Limit:
 # Registers: what lets two blocks of 256 threads reside on a multiprocessor (128 a thread) or four (64); elsewhere
 # hardly more than is needed. Loads: all that there are, by the types' sizes, so that one narrow layout is noticed: N at
 # once or in turns up to 8 objectives, eight and one for 9 to 16 and for more, four and one by planes, and beside them.
-# The direct kernels read their objectives three times, and a log_ratio as wide as they are once.
+# The direct kernels read their objectives twice, and a log_ratio as wide as they are once; what they read for the
+# combination, some compilers cut down to what has a weight.
 LIMITS = {
     r"combine_kernel<(float|double)": Limit(128, wide_loads=148),
     r"combine_kernel<(Half|BFloat16)": Limit(128, wide_loads=94),
     **{
-        f"combine_direct_kernel<({types}), {many}": Limit(64 if many == 1 else 96, wide_loads=3 * many + beside)
+        f"combine_direct_kernel<({types}), {many}": Limit(64 if many == 1 else 128, wide_loads=2 * many + beside)
         for types, beside in (("float", 1), ("double", 0), ("Half|BFloat16", 2))
         for many in (1, 2, 3, 4)
     },

@@ -11,6 +11,8 @@ import math
 import os
 import shutil
 import subprocess
+import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,9 +43,15 @@ def build(folder: Path, cuda: Path) -> Callable[..., int]:
     command += [str(ROOT / "tests/cuda_on_host/combine_on_host.cpp")]
     command += [str(ROOT / f"csrc/{name}.cpp") for name in ("combine_plan", "normalize")]
     subprocess.run([*command, "-o", str(library)], check=True)
+    return opened(library)
+
+
+def opened(library: Path) -> Callable[..., int]:
     loaded = ctypes.CDLL(str(library))
+    loaded.combine_on_host.library = library
     loaded.combine_on_host.use_device = loaded.use_device
     loaded.combine_on_host.meeting = loaded.last_meeting
+    loaded.combine_on_host.access = loaded.last_access
     loaded.combine_on_host.launches = loaded.last_launches
     return loaded.combine_on_host
 
@@ -65,8 +73,12 @@ def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_for
     groups = None if normalize is None or normalize._groups is None else normalize._groups.long().contiguous()
     compute = torch.float64 if advantages.dtype == torch.float64 else torch.float32
 
+    around = []
+
     def beyond(offset, shape, dtype):
-        return torch.full((math.prod(shape) + offset,), float("nan"), dtype=dtype)[offset:].view(shape)
+        memory = torch.full((math.prod(shape) + offset + 16,), float("nan"), dtype=dtype)
+        around.append((memory[:offset], memory[offset + math.prod(shape) :]))
+        return memory[offset:][: math.prod(shape)].view(shape)
 
     memory = beyond(offset, advantages.shape, advantages.dtype)
     at = memory.view(advantages.movedim(-1, 0).shape).movedim(0, -1) if first else memory.view(advantages.shape)
@@ -76,10 +88,11 @@ def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_for
         for t, offset in zip((mask, log_ratio), offsets, strict=False)
     )
     out = None if in_place else beyond(offsets[2], advantages.shape[:-1], advantages.dtype)
-    packed = torch.full((10 * n + rows * (n + 1),), float("nan"), dtype=compute)
+    packed = beyond(0, (10 * n + rows * (n + 1),), compute)
     rewards = None if reward_weights is None else (ctypes.c_double * n)(*reward_weights)
     problem = ctypes.c_char_p()
-    pointers = [None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (mask, log_ratio, out, packed)]
+    # torch knows no address of an empty tensor, and none is none to the kernel
+    pointers = [None if t is None else ctypes.c_void_p(t.data_ptr() or 64) for t in (mask, log_ratio, out, packed)]
     blocks = kernel(
         ctypes.c_void_p(advantages.data_ptr()), DTYPES.index(advantages.dtype), (ctypes.c_int64 * 3)(*advantages.shape),
         *pointers, rewards, level.encode(), solver.encode(), (normalize._spec if normalize else "").encode(),
@@ -88,6 +101,7 @@ def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_for
         ctypes.byref(problem),
     )  # fmt: skip
     assert blocks > 0, problem.value
+    assert all(x.isnan().all() or x.dtype == torch.bool for pair in around for x in pair), "written beyond a tensor"
     return (advantages if in_place else out), packed, blocks
 
 
@@ -295,12 +309,15 @@ def test_plain_calls_of_many_blocks(kernel, device, tokens, n, expected, capabil
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
 def test_plain_calls_whatever_is_unaligned(kernel, n, dtype):
-    """The machine may access 16 bytes at once of all tensors, or else of none; last tokens one by one."""
+    """16 bytes at once of all tensors, or else of none; last tokens one by one."""
     for tokens in (8, 701, 4200):
         inputs = problem((1, tokens, n), dtype)
         for first, offset, offsets in itertools.product((False, True), (0, 1), itertools.product((0, 1), repeat=3)):
             got, packed, _ = run(kernel, *inputs, 7, level="batch", first=first, offset=offset, offsets=offsets)
             assert_results((got, packed), *inputs, level="batch")
+            planes = n == 1 or (first and tokens * dtype.itemsize % 16 == 0)
+            whole = not offset and not any(offsets) and (planes or (not first and n <= 4))
+            assert kernel.access() == whole * (2 if planes else 1)  # pama::Access
 
 
 def test_plain_calls_that_the_second_level_cache_does_not_hold(kernel, device):
@@ -581,6 +598,32 @@ def test_a_missing_barrier_is_noticed(tmp_path, file, before, options):
     kernel = build(tmp_path, broken)
     results = [run(kernel, *problem((800, 3, 3)), order, level="batch", **options)[1] for order in ORDERS]
     assert any(not torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize(("unaligned", "tokens"), [(1, 4000), (0, 9000)], ids=["unaligned", "left half-way"])
+def test_what_a_gpu_would_stop_at_stops_the_host(broken_library, unaligned, tokens):
+    """The negative control: 16 bytes stored where they must not be, and a cluster's barrier that nobody waits at."""
+    call = f"""
+        import test_cuda_on_host as here
+        kernel = here.opened({str(broken_library)!r})
+        here.run(kernel, *here.problem((1, {tokens}, 1)), 0, level="batch", offsets=(0, 0, {unaligned}))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(call)]
+    assert subprocess.run(command, cwd=Path(__file__).parent, check=False, capture_output=True).returncode < 0
+
+
+@pytest.fixture(scope="module")
+def broken_library(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("broken")
+    cuda = shutil.copytree(ROOT / "csrc/cuda", folder / "cuda")
+    for file, right in (
+        ("combine.cu", " && holds(p.out, kBytes)"),
+        ("direct.cuh", "    if (p.meeting == Meeting::kCluster) cluster().barrier_wait();\n"),
+    ):
+        source = (cuda / file).read_text()
+        assert source.count(right) == 1
+        (cuda / file).write_text(source.replace(right, ""))
+    return build(folder, cuda).library
 
 
 def grouped(kind: str, rows: int) -> dict:

@@ -158,8 +158,8 @@ void plan_entries(CombineParams& p) {
 
 // One of which is resident on each multiprocessor.
 int64_t direct_blocks(const CombineParams& p) {
-  return std::min<int64_t>(wanted_blocks(p, kDirectShapes),
-                           attribute_of<cudaDevAttrMultiProcessorCount>(p.device.index));
+  return std::clamp<int64_t>(wanted_blocks(p, kDirectShapes), 1,
+                             attribute_of<cudaDevAttrMultiProcessorCount>(p.device.index));
 }
 
 // Whether cuda/direct.cuh does it: Noon and no Normalize, all tensors with one step from token to token, of which a
@@ -177,7 +177,8 @@ bool is_direct(const CombineParams& p) {
          bytes <= std::min(direct_blocks(p) * kDirectBytes, cache / 2);
 }
 
-// Whether all that it accesses stands so that it can be accessed kBytes at a time.
+// Whether all that the call accesses can be accessed kBytes at a time, if the other objectives stand as the first does
+// (see access_of). What is absent stands at 0.
 template <class S>
 bool aligned(const CombineParams& p) {
   constexpr int kVec = kBytes / sizeof(S);
@@ -189,12 +190,13 @@ bool aligned(const CombineParams& p) {
 template <class S, int kMany>
 void launch_direct_of(CombineParams& p, void* stream) {
   const int64_t blocks = direct_blocks(p), each = (p.tokens() + blocks - 1) / blocks;
-  if (!aligned<S>(p) || (p.access == Access::kInterleaved && kMany == 1)) p.access = Access::kAny;
+  if (p.access == Access::kInterleaved && kMany == 1) p.access = Access::kAny;
   p.run_tokens = (each + 31) / 32 * 32;
   p.tile_slices = 1;
   const int objectives = kMany > 1 ? 1 : p.n;  // of different warps
-  while (2 * p.tile_slices * objectives <= kDirectWarps && 2 * p.tile_slices <= kDirectSlices &&
-         2 * p.tile_slices * kDirectSlice <= p.run_tokens)
+  const int slice = p.access == Access::kAny ? kDirectSlice : std::max<int>(kDirectSlice, 32 * kBytes / sizeof(S));
+  while (64 * p.tile_slices * objectives <= direct_threads(kMany) && 2 * p.tile_slices <= kDirectSlices &&
+         2 * p.tile_slices * slice <= p.run_tokens)
     p.tile_slices *= 2;
   constexpr auto kKernel = combine_direct_kernel<S, kMany>;
   p.meeting = meeting_of<kKernel>(p, blocks, kDirectShapes);
@@ -204,10 +206,9 @@ void launch_direct_of(CombineParams& p, void* stream) {
 }
 
 void launch_direct(CombineParams& p, void* stream) {
-  p.access = access_of(p);
   with_dtype(p.dtype, [&](auto s) {
     using S = decltype(s);
-    static_assert(kDirectMany == 4);
+    p.access = aligned<S>(p) ? access_of(p) : Access::kAny;
     switch (p.access == Access::kInterleaved ? p.n : 1) {
       case 2: return launch_direct_of<S, 2>(p, stream);
       case 3: return launch_direct_of<S, 3>(p, stream);

@@ -14,7 +14,7 @@ namespace pama {
 constexpr int kDirectWarps = 32;   // of a block; as many objectives at most: where all meet, a lane has one of them
 constexpr int kDirectSlices = 16;  // of an objective in a block: whoever needs the whole adds them up
 constexpr int kDirectSlice = 128;  // tokens that are worth a warp
-constexpr int kDirectMany = 4;     // objectives of a warp at most: a lane holds what it finds of each
+// Of a block, at most. `many`: objectives of a warp, up to four, as a lane holds what it finds of each.
 constexpr int direct_threads(int many) { return 32 * (many > 1 ? kDirectSlices : kDirectWarps); }
 template <class S>
 constexpr int kDirectLoads = sizeof(S) == 8 ? 2 : 4;  // of elements one by one, from each tensor, under way
@@ -416,26 +416,25 @@ class Direct {
     for (int base = kVec * (static_cast<int>(threadIdx.x) - lane); base < whole; base += kVec * threads) {
       const int k = min(base + kVec * lane, whole - kVec);
       const Pack<uint8_t, kVec> set = mask_of(k);
-      Each<Pack<S, kVec>> raw;
-      if (kMany > 1) raw = load_whole(0, k);
       C combined[kVec];
 #pragma unroll
       for (C& x : combined) x = C{0};
-      const auto add_all = [&](int i, int j) {
+      // Of objective i, the jth of what was loaded.
+      const auto add_all = [&](int i, const Each<Pack<S, kVec>>& raw, int j) {
         const C share = __shfl_sync(0xffffffffu, weight, i);
 #pragma unroll
         for (int t = 0; t < kVec; ++t) add(combined[t], share, entry_of(raw, t, j), set.at[t] != 0);
       };
       if constexpr (kMany > 1) {
+        const Each<Pack<S, kVec>> raw = load_whole(0, k);
 #pragma unroll
         for (int j = 0; j < kMany; ++j)
-          if (weighted >> j & 1) add_all(j, j);
+          if (weighted >> j & 1) add_all(j, raw, j);
       } else {
 #pragma unroll 1
         for (unsigned left = weighted; left != 0; left &= left - 1) {
           const int i = __ffs(static_cast<int>(left)) - 1;
-          raw = load_whole(i, k);
-          add_all(i, 0);
+          add_all(i, load_whole(i, k), 0);
         }
       }
       Pack<S, kVec> rounded;
@@ -487,7 +486,7 @@ class Direct {
 };
 
 template <class S, int kMany>
-__global__ void __launch_bounds__(direct_threads(kMany))
+__global__ void __launch_bounds__(direct_threads(kMany), 1)
     combine_direct_kernel(const __grid_constant__ CombineParams p) {
   using Shared = DirectShared<typename Storage<S>::Compute, kMany>;
   Direct<S, kMany>(p, *reinterpret_cast<Shared*>(dynamic_shared())).run();

@@ -20,7 +20,9 @@ extern "C" void use_device(int compute_capability, int shared_bytes, int multipr
 }
 
 static pama::Meeting met;
+static pama::Access accessed;
 extern "C" int last_meeting() { return static_cast<int>(met); }
+extern "C" int last_access() { return static_cast<int>(accessed); }
 extern "C" int last_launches() { return host::launches; }
 
 // Tensors are contiguous: advantages [sizes[0], sizes[1], sizes[2]] with the objectives last, or first in memory, mask
@@ -59,5 +61,6 @@ extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes
   for (int64_t k = doubles; k < doubles + kCanary; ++k)
     if (!std::isnan(workspace[k])) std::terminate();  // written beyond the workspace
   met = p.meeting;
+  accessed = p.access;
   return host::blocks_together;
 }

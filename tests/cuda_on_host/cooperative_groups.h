@@ -9,7 +9,7 @@ struct Grid {
     barrier_arrive();
     barrier_wait();
   }
-  // One after the other, or a GPU would wait forever.
+  // One after the other, or a GPU would wait forever. Here who waits waits until all do; there, until all have arrived.
   void barrier_arrive() const {
     if ((*host::fibers)[threadIdx.x].arrived++ != 0) std::terminate();
   }

@@ -120,7 +120,7 @@ struct Fiber {
   bool started = false;
   State state = State::kReady;
   unsigned mask;    // at kWarp: the lanes that wait for each other
-  int arrived = 0;  // at the barrier of the cluster, without having waited there yet
+  int arrived = 0;  // at the barrier of the cluster or the grid, without having waited there yet
   double exchange;  // what a shuffle shows the others
 };
 
