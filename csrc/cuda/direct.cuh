@@ -261,9 +261,10 @@ class Direct {
     return all;
   }
 
+  // Four of which are read at once, here and below.
   __device__ __forceinline__ Found<C> all_slices(int i) const {
     Found<C> f = shared.slice[i * p.tile_slices];
-#pragma unroll 1
+#pragma unroll 4
     for (int s = 1; s < p.tile_slices; ++s) f.add(shared.slice[i * p.tile_slices + s]);
     return f;
   }
@@ -278,18 +279,19 @@ class Direct {
   // The mean of each objective, nearly: the sum of huge entries may overflow.
   __device__ __forceinline__ Each<C> centre() const {
     Each<C> mean;
+    C sum[kMany]{};
+    unsigned usable[kMany]{};
+#pragma unroll 4
+    for (int s = 0; s < p.tile_slices; ++s) {
 #pragma unroll
-    for (int j = 0; j < kMany; ++j) {
-      const Found<C>* const slices = shared.slice + (objective + j) * p.tile_slices;
-      C sum{0};
-      unsigned usable = 0;
-#pragma unroll 1
-      for (int s = 0; s < p.tile_slices; ++s) {
-        sum += slices[s].sum;
-        usable += slices[s].usable;
+      for (int j = 0; j < kMany; ++j) {
+        const Found<C>& f = shared.slice[(objective + j) * p.tile_slices + s];
+        sum[j] += f.sum;
+        usable[j] += f.usable;
       }
-      mean.of[j] = centre_of(sum, usable);
     }
+#pragma unroll
+    for (int j = 0; j < kMany; ++j) mean.of[j] = centre_of(sum[j], usable[j]);
     return mean;
   }
   static __device__ __forceinline__ C centre_of(C sum, unsigned usable) {
