@@ -182,9 +182,9 @@ inline __attribute__((always_inline)) void part_further(const V* rows, F f) {
     constexpr auto ordered = every<lanes>(kStep, kFirst);
     f(kFirst, kHeld == ordered ? rows[0] : permute<apart, kHeld, ordered>(rows[0], rows[0], each));
   } else {
-    [&]<int... kResidue>(std::integer_sequence<int, kResidue...>) {
+    [&]<int... kResidue>(std::integer_sequence<int, kResidue...>) __attribute__((always_inline)) {
       (
-          [&] {
+          [&]() __attribute__((always_inline)) {
             constexpr int first = kFirst + kResidue * kStep;
             constexpr auto wanted = q == 2 ? every<lanes>(2 * kStep, first) : in_place(kHeld, apart, q * kStep, first);
             V own[kLeft / q];
