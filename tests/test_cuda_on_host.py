@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -21,34 +20,26 @@ import pytest
 import torch
 from compare import assert_close, assert_same_bits
 from hypothesis import strategies as st
+from on_host import ROOT, compiled, needs_compiler
 
 from pama_ext import Normalize, reference
 
-ROOT = Path(__file__).parents[1]
-CXX = os.environ.get("CXX", "c++")
 LEVELS = ("batch", "sequence", "token")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of pama::DType
 ORDERS = (0, 1, 7)  # of the threads of a block: ascending, descending, shuffled
 
-pytestmark = pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler: {CXX}")
+pytestmark = needs_compiler
 
 
 def build(folder: Path, cuda: Path) -> Callable[..., int]:
     """The kernels of the folder ``cuda`` as a library of the host."""
-    library = folder / "combine_on_host.so"
-    command = [CXX, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-fPIC", "-shared", "-pthread", "-DPAMA_WITH_CUDA"]
-    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU accesses 16 aligned bytes at once
-    command += [f'-DCOMBINE_CU="{cuda}/combine.cu"', f'-DNORMALIZE_CU="{cuda}/normalize.cu"']
-    command += [f"-I{ROOT}/tests/cuda_on_host", f"-I{ROOT}/csrc/include", f"-I{cuda}"]
-    command += [str(ROOT / "tests/cuda_on_host/combine_on_host.cpp")]
-    command += [str(ROOT / f"csrc/{name}.cpp") for name in ("combine_plan", "normalize")]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    return opened(library)
+    kernels = (f'-DCOMBINE_CU="{cuda}/combine.cu"', f'-DNORMALIZE_CU="{cuda}/normalize.cu"', f"-I{cuda}")
+    sources = ("tests/cuda_on_host/combine_on_host.cpp", "csrc/combine_plan.cpp", "csrc/normalize.cpp")
+    return opened(compiled(folder / "combine_on_host.so", *kernels, *(str(ROOT / source) for source in sources)))
 
 
-def opened(library: Path) -> Callable[..., int]:
-    loaded = ctypes.CDLL(str(library))
-    loaded.combine_on_host.library = library
+def opened(loaded: ctypes.CDLL) -> Callable[..., int]:
+    loaded.combine_on_host.library = loaded._name
     loaded.combine_on_host.use_device = loaded.use_device
     loaded.combine_on_host.meeting = loaded.last_meeting
     loaded.combine_on_host.access = loaded.last_access
@@ -85,7 +76,7 @@ def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_for
     advantages = at.copy_(advantages)
     mask, log_ratio = (
         t if t is None else beyond(offset, t.shape, t.dtype).copy_(t)
-        for t, offset in zip((mask, log_ratio), offsets, strict=False)
+        for t, offset in zip((mask, log_ratio), offsets[:2], strict=True)
     )
     out = None if in_place else beyond(offsets[2], advantages.shape[:-1], advantages.dtype)
     packed = beyond(0, (10 * n + rows * (n + 1),), compute)
@@ -605,7 +596,7 @@ def test_what_a_gpu_would_stop_at_stops_the_host(broken_library, unaligned, toke
     """The negative control: 16 bytes stored where they must not be, and a cluster's barrier that nobody waits at."""
     call = f"""
         import test_cuda_on_host as here
-        kernel = here.opened({str(broken_library)!r})
+        kernel = here.opened(here.ctypes.CDLL({broken_library!r}))
         here.run(kernel, *here.problem((1, {tokens}, 1)), 0, level="batch", offsets=(0, 0, {unaligned}))
     """
     command = [sys.executable, "-c", textwrap.dedent(call)]

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from compare import assert_close, assert_same_bits
+from on_host import ROOT, compiled, needs_compiler
 
 from pama_ext import reference
 
-ROOT = Path(__file__).parents[1]
-CXX = shutil.which("c++")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of pama::DType
 ORDERS = (0, 1, 7)  # of the threads of a block: ascending, descending, shuffled
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+pytestmark = needs_compiler
 
 SOURCE = """
 #include "pama/gae.h"
@@ -69,13 +66,8 @@ extern "C" const char* gae_on_host(const void* rewards, const void* values, cons
 
 def build(folder: Path, source: Path):
     (folder / "gae_on_host.cpp").write_text(SOURCE)
-    library = folder / "gae_on_host.so"
-    command = [CXX, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-fPIC", "-shared", "-pthread", "-DPAMA_WITH_CUDA"]
-    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    command += [f'-DGAE_CU="{source}"', f"-I{ROOT}/tests/cuda_on_host", f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc"]
-    command += [f"-I{ROOT}/csrc/cuda", str(folder / "gae_on_host.cpp"), str(ROOT / "csrc/gae_plan.cpp")]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    function = ctypes.CDLL(str(library)).gae_on_host
+    sources = (str(folder / "gae_on_host.cpp"), str(ROOT / "csrc/gae_plan.cpp"))
+    function = compiled(folder / "gae_on_host.so", f'-DGAE_CU="{source}"', *sources).gae_on_host
     function.restype = ctypes.c_char_p
     return function
 

@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import ctypes
 import math
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from compare import assert_same_bits
 from loss_cases import AGGREGATES, POLICY, SHAPES, VALUE, VARIANTS, assert_computes, make, make_values
+from on_host import ROOT, compiled, needs_compiler
 
 from pama_ext import PolicyMetrics, ValueMetrics
 from pama_ext._ops import scaled
 
-ROOT = Path(__file__).parents[1]
-CXX = os.environ.get("CXX", "c++")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of pama::DType
 ORDERS = (0, 1, 7)  # of the threads of a block: ascending, descending, shuffled
 SMALL = [s for s in SHAPES.values() if math.prod(s) < 3000]
 
-pytestmark = pytest.mark.skipif(not shutil.which(CXX), reason=f"no C++ compiler: {CXX}")
+pytestmark = needs_compiler
 
 
 def build(folder: Path, name: str, cuda: Path) -> ctypes.CDLL:
     """``policy`` or ``value``, of the sources in the folder ``cuda``."""
-    library = folder / f"{name}_on_host.so"
-    command = [CXX, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-fPIC", "-shared", "-pthread"]
-    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    command += [f'-D{name.upper()}_CU="{cuda}/{name}_loss.cu"']
-    command += [f"-I{folder}" for folder in (ROOT / "tests/cuda_on_host", ROOT / "csrc/include", ROOT / "csrc", cuda)]
-    command += [str(ROOT / "tests/cuda_on_host/loss_on_host.cpp"), str(ROOT / "csrc/loss_plan.cpp")]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
+    sources = (str(ROOT / "tests/cuda_on_host/loss_on_host.cpp"), str(ROOT / "csrc/loss_plan.cpp"))
+    kernels = f'-D{name.upper()}_CU="{cuda}/{name}_loss.cu"'
+    return compiled(folder / f"{name}_on_host.so", kernels, f"-I{cuda}", *sources)
 
 
 @pytest.fixture(scope="module")

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from compare import assert_same_bits
+from on_host import ROOT, compiled, needs_compiler
 
 from pama_ext import min_norm
 
-ROOT = Path(__file__).parents[1]
-CXX = shutil.which("c++")
 ORDERS = (0, 1, 7, 8)
 HEADER = (ROOT / "csrc/include/pama/min_norm.h").read_text()
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of pama::DType
 
-pytestmark = pytest.mark.skipif(CXX is None, reason="no C++ compiler")
+pytestmark = needs_compiler
 
 SOURCE = """
 #include <vector>
@@ -50,13 +47,9 @@ def build(folder: Path, header: str | None = None):
     (folder / "pama").mkdir()
     if header:
         (folder / "pama/min_norm.h").write_text(header)
-    library = folder / "min_norm_on_host.so"
-    command = [CXX, "-std=c++20", "-O1", "-U_FORTIFY_SOURCE", "-w", "-fPIC", "-shared", "-pthread", "-DPAMA_WITH_CUDA"]
-    command += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
-    command += [f'-DMIN_NORM_CU="{ROOT}/csrc/cuda/min_norm.cu"', f"-I{folder}", f"-I{ROOT}/tests/cuda_on_host"]
-    command += [f"-I{ROOT}/csrc/include", f"-I{ROOT}/csrc/cuda", str(folder / "min_norm_on_host.cpp")]
-    subprocess.run([*command, "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library)).min_norm_on_host
+    kernels = f'-DMIN_NORM_CU="{ROOT}/csrc/cuda/min_norm.cu"'
+    source = str(folder / "min_norm_on_host.cpp")
+    return compiled(folder / "min_norm_on_host.so", kernels, f"-I{folder}", source).min_norm_on_host
 
 
 @pytest.fixture(scope="module")

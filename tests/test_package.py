@@ -36,6 +36,13 @@ def test_no_symbol_of_torch_s_cpp_interface():
     assert len(asked) > 5, "the list of symbols was not read"
 
 
+def test_what_parts_objectives_is_inlined():
+    """As a function of its own it hands vectors on through memory: 16 objectives took a third longer."""
+    names = subprocess.run(["nm", _C.__file__], capture_output=True, text=True, check=True).stdout
+    assert "deinterleave" in names, "the list of symbols was not read"
+    assert "part_further" not in names
+
+
 def test_the_pattern_for_symbols_finds_what_it_should():
     for name in ("_ZN2at5emptyE", "_ZN3c105ErrorC1Ev", "_ZNK5torch8autogradE", "_ZN3c106detail14torchCheckFailE"):
         assert TORCH_CPP.search(name)
