@@ -12,7 +12,10 @@ from typing import Any
 from bench.tables import Measured, Record
 
 OURS, LIMIT = "combine", "copy"
-CANDIDATES = {OURS: "C0", "eager PyTorch": "C1", "torch.compile": "C2", "numba": "C3", "Triton": "C4", LIMIT: "k"}
+CANDIDATES = {
+    OURS: "C0", "combine, one thread": "C5", "eager PyTorch": "C1", "torch.compile": "C2", "numba": "C3",
+    "Triton": "C4", LIMIT: "k",
+}  # fmt: skip
 
 
 def path(folder: Path, device: str) -> Path:

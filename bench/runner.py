@@ -51,6 +51,7 @@ def run(name: str, suite: Iterable[Workload], device: str, *, budget_s: float, q
         record["workloads"].append(
             {"name": workload.name, "sizes": dict(workload.sizes), "bytes": case.moved, "rows": table}
         )
+        found |= {figure: {name: [value] for name, value in of.items()} for figure, of in case.figures.items()}
         gates = [{"workload": workload.name, **judge(g, found, g.bound)} for g in workload.gates if g.device == device]
         record["gates"] += gates
     print("", *(f"{g['verdict']:<13}{g['workload']}: {said(g)}" for g in record["gates"]), sep="\n", flush=True)

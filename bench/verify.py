@@ -41,6 +41,18 @@ def combination(expected: pama_ext.Combined, *, roundings: float = ROUNDINGS) ->
     return check
 
 
+def error(result: Any, expected: pama_ext.Combined) -> float:
+    """The largest error of weights and statistics, each relative to its largest magnitude over the objectives."""
+    _, weights, _, stats = result
+
+    def relative(got: Tensor, exact: Tensor) -> float:
+        exact = exact.double()
+        off = (torch.as_tensor(got, device=exact.device) - exact).abs().max()
+        return float(off / exact.abs().max()) if off else 0.0
+
+    return max(map(relative, (weights, *stats), (expected.weights, *expected.stats)))
+
+
 def columns(expected: Tensor, *, roundings: float = ROUNDINGS) -> Check:
     """A list with a tensor for each objective, ``expected`` ``[..., N]``."""
 

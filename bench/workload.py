@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from bench.timer import Call, Times
 COPY = "copy"  # Tensor.copy_ of as many bytes as the workload has to move; the runner adds it
 COMPILED = "torch.compile"
 Check = Callable[[Any], None]  # raises AssertionError unless what a call returned is right
+ERROR = "error"  # the figure that Accuracy judges
 VIEWS = ("host", "device", "cold")  # host time, device time (CUDA only), and one call with swept caches
 
 
@@ -124,6 +125,24 @@ class Growth(Gate):
         """The measured ratio; times of different sizes are compared round by round too."""
         per_unit = [timer.ratio(times, size, self.slow) / units for size, units in self.units.items()]
         return max(per_unit) / min(per_unit)
+
+
+@dataclass(frozen=True)
+class Accuracy(Gate):
+    """A figure to reach of errors instead of times; what is at most ``FLOOR`` off is never a miss."""
+
+    FLOOR: ClassVar[float] = 1e-6
+    view: str = ERROR
+
+    @property
+    def text(self) -> str:
+        """What is judged."""
+        return f"largest relative error, {self.slow} / {self.fast}"
+
+    def value(self, times: Times) -> float:
+        """The one error over the other, which counts as no less than what makes ``FLOOR`` just hold."""
+        (ours,), (theirs,) = times[self.slow], times[self.fast]
+        return ours / (theirs + self.FLOOR / self.bound)
 
 
 @dataclass(frozen=True)

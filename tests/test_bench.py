@@ -10,7 +10,7 @@ import torch
 
 from bench import __main__ as command
 from bench import runner, suites, timer
-from bench.workload import COPY, Candidate, Case, Gate, Growth, Workload
+from bench.workload import COPY, ERROR, Accuracy, Candidate, Case, Gate, Growth, Workload
 from pama_ext import _C
 
 OURS, THEIRS = "ours", "theirs"
@@ -26,7 +26,7 @@ def workload(ours=lambda: 1.0, theirs=lambda: 1.0, *, moved=None, gates=(), **op
             OURS: Candidate(ours, check),
             THEIRS: Candidate(theirs, check, compiles=options.get("compiles", False)),
         }
-        return Case(found, moved or {}, {"error": {THEIRS: 0.25}})
+        return Case(found, moved or {}, {ERROR: {OURS: 1.5, THEIRS: 0.25}})
 
     return Workload(
         "a workload", build, tuple(gates), quick=options.get("quick", True), device=options.get("device", "")
@@ -57,16 +57,18 @@ def test_what_cannot_run_here_is_left_out_but_not_our_own(capsys):
 
 def test_the_record_of_a_run(capsys):
     gates = (Gate(THEIRS, OURS, 2.0), Gate(THEIRS, OURS, 1e6), Gate(THEIRS, OURS, 2.0, device="cuda"))
+    gates += (Accuracy(OURS, THEIRS, 4.0, at_most=True),)
     record = run(workload(theirs=lambda: time.sleep(1e-3) or 1.0, gates=gates))
     assert record["suite"] == "tiny" and record["header"]["torch"] == torch.__version__
     (entry,) = record["workloads"]
     ours, theirs = entry["rows"]
     assert [row["candidate"] for row in entry["rows"]] == [OURS, THEIRS]
-    assert ours["ratio"] == 1 and theirs["ratio"] > 100 and theirs["error"] == 0.25
+    assert ours["ratio"] == 1 and theirs["ratio"] > 100 and theirs[ERROR] == 0.25
     for row in entry["rows"]:
         assert row["side"] == "host" and row["cache"] == "warm" and row["rounds"] >= 5
         assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
-    assert [gate["verdict"] for gate in record["gates"]] == ["PASS", "MISS"]
+    assert [gate["verdict"] for gate in record["gates"]] == ["PASS", "MISS", "MISS"]
+    assert record["gates"][2]["value"] == pytest.approx(6, rel=1e-4)
     assert record["gates"][0] == record["gates"][1] | {"bound": 2.0, "verdict": "PASS"}
     printed = capsys.readouterr().out
     assert "p50 µs" in printed and "theirs / ours >= 2:" in printed and "MISS" in printed

@@ -9,7 +9,7 @@ import pytest
 from test_bench_suites import CASES, PEERS, uncompiled  # noqa: F401
 
 from bench import plots, report, suites, tables
-from bench.suites import scaling
+from bench.suites import combine, scaling
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "# A page\n\n<!-- bench:{} -->\nold\n<!-- /bench -->\n\nmore\n"
@@ -185,7 +185,7 @@ def test_tables_show_candidates_that_exist():
     known = {name: set(build().candidates) for name, build in CASES.items()}
     assert set(report.HOST) <= known["combine, alone"]
     assert set(report.CALLS) - {"Triton"} <= known["combine"]
-    assert set(plots.CANDIDATES) - {"Triton", plots.LIMIT} <= known["scaling"]
+    assert set(plots.CANDIDATES) - {"Triton", plots.LIMIT} <= known["scaling"] | {combine.ALONE}
     assert set(report.GROUPS) <= known["groups"] and set(report.GAE) <= known["gae"]
     assert set(report.LOSS) <= known["policy_loss"]
     names = {name: [w.name for w in suites.load(name)] for name in suites.NAMES}

@@ -14,7 +14,7 @@ from doors import on_threads
 from bench import runner, suites
 from bench.baselines import eager, eager_loss, peers
 from bench.suites import combine, gae, groups, loss, min_norm, scaling
-from bench.workload import COPY, Gate, Growth
+from bench.workload import COMPILED, COPY, ERROR, Accuracy, Gate, Growth
 
 TINY = {"combine": (6, 5, 3), "gae": (4, 40, 3), "groups": (64, 2), "loss": (6, 40)}
 PEERS = released.installed("trl", "verl", "torchrl", "torchjd", "numba", "liger_kernel")
@@ -176,7 +176,7 @@ def test_gates_name_candidates_that_exist(name, monkeypatch):
             known = on_threads(2, functools.partial(small, workload)) | {COPY}
             for gate in workload.gates:
                 assert gate.names - known <= ({combine.EMPTY} if gate.device == "cuda" else set()), workload.name
-                assert gate.view in ("host", "cold") or gate.device == "cuda"
+                assert gate.view in ("host", "cold", ERROR) or gate.device == "cuda"
 
 
 def test_bounds_of_the_smoke_test_are_wide():
@@ -233,10 +233,10 @@ def test_the_norm_beside_the_optimum_is_recorded():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_growth_compares_sizes_past_the_cost_of_a_launch(device):
-    gates = [g for w in suites.load("scaling") for g in w.gates if g.device == device]
+    gates = [g for w in suites.load("scaling") for g in w.gates if g.device == device and isinstance(g, Growth)]
     assert [gate.unit for gate in gates] == ["element", "element", "byte moved", "element", "element"]
     for gate in gates:
-        assert isinstance(gate, Growth) and gate.bound == scaling.BOUND
+        assert gate.bound == scaling.BOUND
         if gate.unit == "element":
             assert min(gate.units.values()) >= scaling.SERIES[device].past_launch
     assert max(gates[0].units.values()) == 32 * min(gates[0].units.values())  # N from 2 to 64
@@ -245,6 +245,47 @@ def test_growth_compares_sizes_past_the_cost_of_a_launch(device):
     assert gates[0].value(steady) == pytest.approx(1)
     steady[gates[0].slow][0] *= 1.5
     assert math.isclose(gates[0].value(steady), 1.5) and not gates[0].holds(1.5, gates[0].bound)
+
+
+@pytest.mark.parametrize("elements", [256, 1 << 16, 1 << 17, 1 << 20, 1 << 21])
+def test_the_same_is_aimed_at_between_the_shapes_of_the_suite_as_at_them(elements):
+    bounds = {(g.slow, g.view): g.bound for g in scaling.gates_of(elements) if g.device == "cpu"}
+    if elements <= 1 << 16:
+        expected = {(combine.EAGER, "host"): 40, (COMPILED, "host"): 10, (combine.NUMBA, "host"): 1}
+    elif elements < 1_500_000:
+        expected = {}
+    else:
+        expected = {(combine.EAGER, "host"): 20, (COMPILED, "host"): 8, (combine.NUMBA, "host"): 4}
+        expected |= {(combine.ALONE, "host"): 1, (COPY, "cold"): 0.6}
+    assert bounds == expected
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_errors_are_recorded_and_judged(monkeypatch):
+    right = eager.by_batch
+
+    def off(*arguments, **options):
+        combined, weights, value, (count, mean, *others) = right(*arguments, **options)
+        return combined, weights, value, (count, mean * (1 + 1e-3), *others)
+
+    exact = build(combine).figures[ERROR]
+    assert exact.keys() == {combine.OURS, combine.EAGER} and max(exact.values()) < 1e-6
+    monkeypatch.setattr(eager, "by_batch", off)
+    assert build(combine).figures[ERROR][combine.EAGER] == pytest.approx(1e-3, rel=0.1)
+    for workload in combine.SUITE:
+        assert {gate.device for gate in workload.gates if isinstance(gate, Accuracy)} == {"cpu", "cuda"}
+
+
+@pytest.mark.parametrize(("ours", "theirs", "holds"), [
+    (0.99e-6, 0.0, True), (1.01e-6, 0.0, False), (4.99e-6, 1e-6, True), (5.01e-6, 1e-6, False), (0.0, 1.0, True),
+])  # fmt: skip
+def test_an_error_may_be_four_times_that_of_eager_pytorch_and_the_floor(ours, theirs, holds):
+    (gate, _) = combine.ACCURACY
+    found = {ERROR: {combine.OURS: [ours], combine.EAGER: [theirs]}}
+    judged = runner.judge(gate, found, gate.bound)
+    assert judged["verdict"] == ("PASS" if holds else "MISS")
+    assert runner.said(judged).startswith("largest relative error, combine / eager PyTorch <= 4")
+    assert runner.judge(gate, {}, gate.bound)["verdict"] == "not measured"
 
 
 def test_a_gate_cannot_be_changed():

@@ -20,7 +20,7 @@ import pama_ext
 from bench import verify
 from bench.baselines import eager, peers
 from bench.timer import Call
-from bench.workload import COMPILED, COPY, Candidate, Case, Gate, Workload, bytes_of
+from bench.workload import COMPILED, COPY, ERROR, Accuracy, Candidate, Case, Gate, Workload, bytes_of
 from pama_ext._combine import _combine_dispatcher
 
 UNIT, EMPTY = "a + a", "empty kernel"
@@ -74,7 +74,8 @@ def build(device: str, *, shape: Shape, masked: bool = True, unequal: bool = Fal
     """All candidates of one shape."""
     advantages, options = inputs(shape, device, masked=masked, unequal=unequal)
     out = torch.empty(shape[:-1], device=device)
-    check = verify.combination(pama_ext.reference.combine(advantages.double(), **options, level=level))
+    expected = pama_ext.reference.combine(advantages.double(), **options, level=level)
+    check = verify.combination(expected)
     cuda, by_batch = device == "cuda", level == "batch"
     ours = pama_ext.combine if by_batch else functools.partial(pama_ext.combine, level=level)
     by_hand = eager.by_batch if by_batch else eager.by_token
@@ -110,7 +111,8 @@ def build(device: str, *, shape: Shape, masked: bool = True, unequal: bool = Fal
     if not masked:
         found[UNIT] = Candidate(lambda: advantages + advantages)
         found[CUSTOM_OP] = candidate(eager.custom_op)
-    return Case(found, bytes_of(advantages=advantages, **options, out=out))
+    errors = {name: verify.error(found[name].call(), expected) for name in (OURS, EAGER)}
+    return Case(found, bytes_of(advantages=advantages, **options, out=out), {ERROR: errors})
 
 
 HOST_GATES = (
@@ -139,6 +141,7 @@ LARGE_GATES = (
     Gate(COMPILED, OURS, 2.5, view="device", device="cuda"),
     Gate(COPY, OURS, 0.8, view="cold", device="cuda"),
 )
+ACCURACY = tuple(Accuracy(OURS, EAGER, 4.0, at_most=True, device=device) for device in ("cpu", "cuda"))
 TOKEN_GATES = (
     THREADS_GATE,
     Gate(COPY, OURS, 0.85, smoke=0.1, view="cold"),
@@ -151,7 +154,7 @@ def workload(*shape: int, gates: tuple[Gate, ...], quick: bool = True, **options
     about = ", unequal" if options.get("unequal") else ""
     about += ", mask, log_ratio" if options.get("masked", True) else ""
     about += f", level {options['level']}" if "level" in options else ""
-    return Workload(f"{list(shape)}{about}", functools.partial(build, shape=shape, **options), gates, quick)
+    return Workload(f"{list(shape)}{about}", functools.partial(build, shape=shape, **options), gates + ACCURACY, quick)
 
 
 SUITE = (
