@@ -5,7 +5,7 @@
 # make bench       measure every suite, write bench/records, and from them the README's figures: [SUITES="combine gae"]
 #                  [DEVICES="cpu cuda"]
 # make bench-smoke ratios of a few cheap workloads against wide bounds
-# make cuda-code   registers, spills and loads of the CUDA kernels on every architecture; needs nvcc, but no GPU
+# make cuda-code   registers, spills and loads of the CUDA kernels on every architecture; needs nvcc, no GPU
 # make gpu-check   on a machine with a CUDA device, with its own Python: [STAGES="build tests"] [OUT=folder] [COMMIT=...]
 
 PYTHON ?= python3
@@ -70,7 +70,7 @@ bench-smoke: $(BUILT)
 	$(BIN)/python -m bench --smoke
 
 cuda-code: $(READY)
-	$(BIN)/python -m bench.cuda_code
+	$(BIN)/python -m bench.cuda_code --out bench/records/cuda_code.json
 
 gpu-check:
 	$(PYTHON) -m bench.gpu_check --out $(OUT) $(if $(STAGES),--stages $(STAGES)) $(if $(COMMIT),--commit $(COMMIT))

@@ -8,7 +8,9 @@ ptxas says, and in the machine code the loads of 16 bytes and the accesses to lo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -19,8 +21,10 @@ from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
+from bench.environment import commit
 from bench.tables import plain
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,10 +162,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Print what was found, and return 1 if there is something to complain of."""
     parser = argparse.ArgumentParser(prog="python -m bench.cuda_code", description=__doc__.partition("\n")[0])
     parser.add_argument("architectures", nargs="*", default=ARCHITECTURES, help="such as 90; default: %(default)s")
-    kernels = survey(parser.parse_args(arguments).architectures)
+    parser.add_argument("--out", type=Path, help="a file for the record; without it none is written")
+    options = parser.parse_args(arguments)
+    header = {"commit": commit(), "date": f"{datetime.now(timezone.utc):%Y-%m-%d}"}  # of what is compiled
+    kernels = survey(options.architectures)
     rows = [[k.name, f"sm_{k.architecture}", *map(str, (k.registers, k.stack, k.spilled, k.wide_loads)),
              "; ".join(k.complaints())] for k in kernels]  # fmt: skip
     print(plain(["kernel", "", "registers", "stack", "spilled", "16-byte loads", ""], rows))
+    if options.out:
+        compiler = run([str(tool("nvcc")), "--version"]).stdout.strip().rpartition("\n")[2]
+        header["compiler"] = compiler
+        lines = ",\n".join(json.dumps(dataclasses.asdict(kernel)) for kernel in kernels)  # a line for each
+        options.out.write_text(f'{{"header": {json.dumps(header)}, "kernels": [\n{lines}\n]}}\n')
     return int(any(k.complaints() for k in kernels))
 
 
