@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 import pama_ext
 from bench.workload import Check
 
+FLOOR = 2.5e-7  # relative error that a quantity may have in any case; four times that is what is aimed at
 ROUNDINGS = 64  # of float32, of the largest magnitude expected
 
 
@@ -41,8 +42,8 @@ def combination(expected: pama_ext.Combined, *, roundings: float = ROUNDINGS) ->
     return check
 
 
-def error(result: Any, expected: pama_ext.Combined) -> float:
-    """The largest error of weights and statistics, each relative to its largest magnitude over the objectives."""
+def errors(result: Any, expected: pama_ext.Combined) -> dict[str, float]:
+    """Errors of the weights and of each statistic, relative to its largest magnitude over the objectives."""
     _, weights, _, stats = result
 
     def relative(got: Tensor, exact: Tensor) -> float:
@@ -50,7 +51,13 @@ def error(result: Any, expected: pama_ext.Combined) -> float:
         off = (torch.as_tensor(got, device=exact.device) - exact).abs().max()
         return float(off / exact.abs().max()) if off else 0.0
 
-    return max(map(relative, (weights, *stats), (expected.weights, *expected.stats)))
+    names = ("weights", *expected.stats._fields)
+    return dict(zip(names, map(relative, (weights, *stats), (expected.weights, *expected.stats)), strict=False))
+
+
+def beside(ours: Mapping[str, float], theirs: Mapping[str, float]) -> float:
+    """How many times as large errors are as others, at most; a quantity of the others is never exact."""
+    return max(error / (theirs[name] + FLOOR) for name, error in ours.items() if name in theirs)
 
 
 def columns(expected: Tensor, *, roundings: float = ROUNDINGS) -> Check:

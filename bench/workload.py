@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from bench.timer import Call, Times
 COPY = "copy"  # Tensor.copy_ of as many bytes as the workload has to move; the runner adds it
 COMPILED = "torch.compile"
 Check = Callable[[Any], None]  # raises AssertionError unless what a call returned is right
-ERROR = "error"  # the figure that Accuracy judges
+ERROR, BESIDE = "error", "error / eager"  # figures: the largest relative one, and what verify.beside says
 VIEWS = ("host", "device", "cold")  # host time, device time (CUDA only), and one call with swept caches
 
 
@@ -129,20 +129,24 @@ class Growth(Gate):
 
 @dataclass(frozen=True)
 class Accuracy(Gate):
-    """A figure to reach of errors instead of times; what is at most ``FLOOR`` off is never a miss."""
+    """A figure to reach of errors instead of times: the figure ``view`` of ``slow``, which is beside ``fast``."""
 
-    FLOOR: ClassVar[float] = 1e-6
-    view: str = ERROR
+    view: str = BESIDE
 
     @property
     def text(self) -> str:
         """What is judged."""
-        return f"largest relative error, {self.slow} / {self.fast}"
+        return f"error, {self.slow} / {self.fast}"
+
+    @property
+    def names(self) -> set[str]:
+        """The candidate that has the figure."""
+        return {self.slow}
 
     def value(self, times: Times) -> float:
-        """The one error over the other, which counts as no less than what makes ``FLOOR`` just hold."""
-        (ours,), (theirs,) = times[self.slow], times[self.fast]
-        return ours / (theirs + self.FLOOR / self.bound)
+        """The figure."""
+        (value,) = times[self.slow]
+        return value
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shutil
 
 import pytest
 
 from bench import cuda_code
+from bench.environment import RECORDS
 
 pytestmark = pytest.mark.skipif(not cuda_code.complete(), reason="no nvcc, cuobjdump, nvdisasm or c++filt")
 SOURCES = cuda_code.ROOT / "csrc/cuda"
@@ -52,6 +54,25 @@ def test_limits_are_limits():
     for change, word in (({"registers": 65}, "registers"), ({"stack": 8}, "stack"), ({"local_accesses": 1}, "local"),
                          ({"name": "another_kernel"}, "no limits")):  # fmt: skip
         assert any(word in complaint for complaint in dataclasses.replace(kernel, **change).complaints())
+
+
+def test_the_record_of_all_architectures_holds_nothing_to_complain_of():
+    record = json.loads((RECORDS / "cuda_code.json").read_text())
+    kernels = [cuda_code.Kernel(**kernel) for kernel in record["kernels"]]
+    assert {kernel.name: kernel.complaints() for kernel in kernels if kernel.complaints()} == {}
+    names = [{k.name for k in kernels if k.architecture == a} for a in cuda_code.ARCHITECTURES]
+    assert len(names[0]) > 50 and all(of == names[0] for of in names)
+    assert "dirty" not in record["header"]["commit"]
+
+
+def test_what_is_recorded_is_what_was_found(tmp_path, monkeypatch, capsys):
+    found = [cuda_code.Kernel("90", "gae_warp_kernel<float>", registers, 0, 0, 0, 0) for registers in (64, 65)]
+    monkeypatch.setattr(cuda_code, "survey", lambda architectures: found)
+    assert cuda_code.main(["--out", str(tmp_path / "record.json")]) == 1
+    assert "65 registers, expected at most 64" in capsys.readouterr().out
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert [cuda_code.Kernel(**kernel) for kernel in record["kernels"]] == found
+    assert "cuda" in record["header"]["compiler"].lower()
 
 
 @pytest.mark.parametrize("dtype", ["float", "double", "Half", "BFloat16"])

@@ -189,7 +189,7 @@ def test_tables_show_candidates_that_exist():
     assert set(report.GROUPS) <= known["groups"] and set(report.GAE) <= known["gae"]
     assert set(report.LOSS) <= known["policy_loss"]
     names = {name: [w.name for w in suites.load(name)] for name in suites.NAMES}
-    assert "[4, 2]" in names["combine"] and sum(map(report.by_batch, names["combine"])) == 8
+    assert "[4, 2]" in names["combine"] and sum(map(report.by_batch, names["combine"])) == 9
     assert [len([w for w in suites.load("scaling") if w.device == "cpu" and w.name.startswith(f"along {along}")])
             for along in ("objectives", "tokens")] == [6, len(scaling.SERIES["cpu"].tokens)]  # fmt: skip
 

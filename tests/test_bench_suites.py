@@ -11,10 +11,11 @@ import released
 import torch
 from doors import on_threads
 
-from bench import runner, suites
+import pama_ext
+from bench import runner, suites, verify
 from bench.baselines import eager, eager_loss, peers
 from bench.suites import combine, gae, groups, loss, min_norm, scaling
-from bench.workload import COMPILED, COPY, ERROR, Accuracy, Gate, Growth
+from bench.workload import BESIDE, COMPILED, COPY, ERROR, Accuracy, Gate, Growth
 
 TINY = {"combine": (6, 5, 3), "gae": (4, 40, 3), "groups": (64, 2), "loss": (6, 40)}
 PEERS = released.installed("trl", "verl", "torchrl", "torchjd", "numba", "liger_kernel")
@@ -176,7 +177,7 @@ def test_gates_name_candidates_that_exist(name, monkeypatch):
             known = on_threads(2, functools.partial(small, workload)) | {COPY}
             for gate in workload.gates:
                 assert gate.names - known <= ({combine.EMPTY} if gate.device == "cuda" else set()), workload.name
-                assert gate.view in ("host", "cold", ERROR) or gate.device == "cuda"
+                assert gate.view in ("host", "cold", BESIDE) or gate.device == "cuda"
 
 
 def test_bounds_of_the_smoke_test_are_wide():
@@ -262,16 +263,20 @@ def test_the_same_is_aimed_at_between_the_shapes_of_the_suite_as_at_them(element
 
 @pytest.mark.usefixtures("uncompiled")
 def test_errors_are_recorded_and_judged(monkeypatch):
-    right = eager.by_batch
+    right = pama_ext.combine
 
     def off(*arguments, **options):
-        combined, weights, value, (count, mean, *others) = right(*arguments, **options)
-        return combined, weights, value, (count, mean * (1 + 1e-3), *others)
+        combined, weights, value, stats = right(*arguments, **options)
+        return combined, weights, value, stats._replace(std=stats.std * (1 + 1e-5))
 
-    exact = build(combine).figures[ERROR]
-    assert exact.keys() == {combine.OURS, combine.EAGER} and max(exact.values()) < 1e-6
-    monkeypatch.setattr(eager, "by_batch", off)
-    assert build(combine).figures[ERROR][combine.EAGER] == pytest.approx(1e-3, rel=0.1)
+    (gate, _) = combine.ACCURACY
+    exact = build(combine).figures
+    assert exact[ERROR].keys() == {combine.OURS, combine.EAGER} and max(exact[ERROR].values()) < 1e-6
+    assert gate.holds(exact[BESIDE][combine.OURS], gate.bound)
+    monkeypatch.setattr(pama_ext, "combine", off)
+    wrong = build(combine).figures
+    assert wrong[ERROR][combine.OURS] == pytest.approx(1e-5, rel=0.1)
+    assert not gate.holds(wrong[BESIDE][combine.OURS], gate.bound)
     for workload in combine.SUITE:
         assert {gate.device for gate in workload.gates if isinstance(gate, Accuracy)} == {"cpu", "cuda"}
 
@@ -280,11 +285,12 @@ def test_errors_are_recorded_and_judged(monkeypatch):
     (0.99e-6, 0.0, True), (1.01e-6, 0.0, False), (4.99e-6, 1e-6, True), (5.01e-6, 1e-6, False), (0.0, 1.0, True),
 ])  # fmt: skip
 def test_an_error_may_be_four_times_that_of_eager_pytorch_and_the_floor(ours, theirs, holds):
+    """Of each quantity for itself: that another is far off excuses nothing."""
     (gate, _) = combine.ACCURACY
-    found = {ERROR: {combine.OURS: [ours], combine.EAGER: [theirs]}}
-    judged = runner.judge(gate, found, gate.bound)
+    beside = verify.beside({"mean": 0.0, "std": ours}, {"mean": 1e-3, "std": theirs})
+    judged = runner.judge(gate, {BESIDE: {combine.OURS: [beside]}}, gate.bound)
     assert judged["verdict"] == ("PASS" if holds else "MISS")
-    assert runner.said(judged).startswith("largest relative error, combine / eager PyTorch <= 4")
+    assert runner.said(judged).startswith("error, combine / eager PyTorch <= 4")
     assert runner.judge(gate, {}, gate.bound)["verdict"] == "not measured"
 
 

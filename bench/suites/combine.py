@@ -20,7 +20,7 @@ import pama_ext
 from bench import verify
 from bench.baselines import eager, peers
 from bench.timer import Call
-from bench.workload import COMPILED, COPY, ERROR, Accuracy, Candidate, Case, Gate, Workload, bytes_of
+from bench.workload import BESIDE, COMPILED, COPY, ERROR, Accuracy, Candidate, Case, Gate, Workload, bytes_of
 from pama_ext._combine import _combine_dispatcher
 
 UNIT, EMPTY = "a + a", "empty kernel"
@@ -111,8 +111,12 @@ def build(device: str, *, shape: Shape, masked: bool = True, unequal: bool = Fal
     if not masked:
         found[UNIT] = Candidate(lambda: advantages + advantages)
         found[CUSTOM_OP] = candidate(eager.custom_op)
-    errors = {name: verify.error(found[name].call(), expected) for name in (OURS, EAGER)}
-    return Case(found, bytes_of(advantages=advantages, **options, out=out), {ERROR: errors})
+    errors = {name: verify.errors(found[name].call(), expected) for name in (OURS, EAGER)}
+    figures = {
+        ERROR: {name: max(of.values()) for name, of in errors.items()},
+        BESIDE: {OURS: verify.beside(errors[OURS], errors[EAGER])},
+    }
+    return Case(found, bytes_of(advantages=advantages, **options, out=out), figures)
 
 
 HOST_GATES = (
@@ -161,6 +165,7 @@ SUITE = (
     workload(4, 2, gates=HOST_GATES + SMALL_GATES, masked=False),
     *(workload(*shape, gates=(*SMALL_GATES, NUMBA_GATE)) for shape in ((64, 3), (8, 128, 2))),
     workload(64, 256, 3, gates=(*SMALL_GATES, NUMBA_GATE, THREADS_GATE)),
+    workload(64, 128, 4, gates=(*SMALL_GATES, NUMBA_GATE, THREADS_GATE)),  # where threads start
     workload(64, 512, 3, gates=(NUMBA_GATE, THREADS_GATE)),
     workload(512, 1024, 3, gates=LARGE_GATES),
     workload(512, 1024, 10, gates=LARGE_GATES, quick=False),
