@@ -23,16 +23,22 @@ constexpr int kClusterBlocks = 8;
 constexpr int kSlice = 256;  // tokens that are worth a slice: rather than fewer, a warp takes fewer objectives
 static_assert(kThreads >= kMaxObjectives + 2, "one thread per objective, and two for the sums at level token");
 
-// What is launched. The blocks meet in the cheapest way that their number allows: within a block, in a cluster through
-// distributed shared memory (compute capability 9.0), or in a grid that is resident as a whole, through memory.
+// What is launched, by the first row that a call belongs to:
 //
-//   elements        blocks                                          meet in
-//   up to 4096      1                                               the block
-//   up to 32768     8 at most, one for 2048 elements                a cluster; where there is none, the grid
-//   beyond          2 a multiprocessor at most, one for 2048        the grid
+//   call                      elements      kernel       blocks                                   meet in
+//   plain, N up to 32         up to 8192    direct.cuh   1                                        the block
+//   plain, N up to 16         up to 65536   direct.cuh   8 at most, one for 8192 elements         a cluster
+//   plain, N up to 16         beyond        direct.cuh   1 a multiprocessor at most, 1 for 4096   the grid
+//   any                       up to 4096    block.cuh    1                                        the block
+//   any                       up to 32768   block.cuh    8 at most, one for 2048                  a cluster
+//   any                       beyond        block.cuh    2 a multiprocessor at most, 1 for 2048   the grid
 //
-// A tile is as large as the share of a block or as a whole number of small pools, as what fits into half of a
-// multiprocessor's shared memory, or as kTileTokens.
+// The first three rows are kDirectShapes. Plain: at level batch, asking for nothing unusual (is_direct()), and no
+// larger than the chip, which is kDirectBytes for each block and half of the second-level cache. The blocks meet in the
+// cheapest way that their number allows: within a block, in a cluster through distributed shared memory (compute
+// capability 9.0; elsewhere the grid), or in a grid that is resident as a whole, through memory. A tile of block.cuh is
+// as large as the share of a block or as a whole number of small pools, as what fits into half of a multiprocessor's
+// shared memory, or as kTileTokens. Layouts that are accessed 16 bytes at a time: see access_of(), and launch_direct().
 struct ShapeRow {
   int64_t up_to, elements_per_block;
   int most_blocks;
@@ -43,13 +49,6 @@ constexpr ShapeRow kShapes[] = {
     {32768, 2048, kClusterBlocks, Meeting::kCluster},
     {INT64_MAX, 2048, INT32_MAX, Meeting::kGrid},
 };
-
-// The same of calls at level batch that ask for nothing unusual and fit on the chip, up to kDirectBytes for each block:
-// those have a kernel of their own (cuda/direct.cuh).
-//
-//   up to 8192      1                                               the block
-//   up to 65536     8 at most, one for 8192 elements                a cluster; where there is none, the grid
-//   beyond          1 a multiprocessor at most, one for 4096        the grid
 constexpr ShapeRow kDirectShapes[] = {
     {8192, 8192, 1, Meeting::kBlock},
     {65536, 8192, kClusterBlocks, Meeting::kCluster},
