@@ -12,10 +12,11 @@ import pytest
 from bench import cuda_code
 from bench.environment import RECORDS
 
-pytestmark = pytest.mark.skipif(not cuda_code.complete(), reason="no nvcc, cuobjdump, nvdisasm or c++filt")
+needs_tools = pytest.mark.skipif(not cuda_code.complete(), reason="no nvcc, cuobjdump, nvdisasm or c++filt")
 SOURCES = cuda_code.ROOT / "csrc/cuda"
 
 
+@needs_tools
 def test_there_is_nothing_to_complain_of():
     kernels = cuda_code.survey(["90"])
     assert {k.name: k.complaints() for k in kernels if k.complaints()} == {}
@@ -23,6 +24,7 @@ def test_there_is_nothing_to_complain_of():
         assert any(re.search(pattern, kernel.name) for kernel in kernels), f"{pattern} limits nothing"
 
 
+@needs_tools
 def test_spills_are_noticed(tmp_path):
     crowded = shutil.copytree(SOURCES, tmp_path / "cuda")
     kernels = (crowded / "value_loss.cu").read_text()
@@ -33,6 +35,7 @@ def test_spills_are_noticed(tmp_path):
     assert any("local memory" in complaint for complaint in complaints)
 
 
+@needs_tools
 def test_narrow_loads_of_one_layout_are_noticed(tmp_path):
     """Of the one that has the fewest: objectives first, and lists; and of the kernel without a tile."""
     narrow = shutil.copytree(SOURCES, tmp_path / "cuda")
@@ -65,6 +68,7 @@ def test_the_record_of_all_architectures_holds_nothing_to_complain_of():
     assert "dirty" not in record["header"]["commit"]
 
 
+@needs_tools
 def test_what_is_recorded_is_what_was_found(tmp_path, monkeypatch, capsys):
     found = [cuda_code.Kernel("90", "gae_warp_kernel<float>", registers, 0, 0, 0, 0) for registers in (64, 65)]
     monkeypatch.setattr(cuda_code, "survey", lambda architectures: found)

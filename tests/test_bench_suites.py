@@ -251,6 +251,7 @@ def test_growth_compares_sizes_past_the_cost_of_a_launch(device):
 @pytest.mark.parametrize("elements", [256, 1 << 16, 1 << 17, 1 << 20, 1 << 21])
 def test_the_same_is_aimed_at_between_the_shapes_of_the_suite_as_at_them(elements):
     bounds = {(g.slow, g.view): g.bound for g in scaling.gates_of(elements) if g.device == "cpu"}
+    assert bounds.pop((combine.OURS, BESIDE)) == 4
     if elements <= 1 << 16:
         expected = {(combine.EAGER, "host"): 40, (COMPILED, "host"): 10, (combine.NUMBA, "host"): 1}
     elif elements < 1_500_000:

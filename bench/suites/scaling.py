@@ -45,7 +45,7 @@ SERIES = {
 def build(device: str, *, tokens: int, n: int) -> Case:
     """One point: some of what :mod:`bench.suites.combine` times."""
     case = combine.build(device, shape=(tokens // ROW, ROW, n))
-    return Case({name: case.candidates[name] for name in SHOWN if name in case.candidates}, case.moved)
+    return Case({name: case.candidates[name] for name in SHOWN if name in case.candidates}, case.moved, case.figures)
 
 
 def build_growth(device: str, *, sizes: dict[str, tuple[int, int]]) -> Case:
@@ -63,7 +63,8 @@ def gates_of(elements: int) -> tuple[Gate, ...]:
     gates = combine.LARGE_GATES if elements >= LARGE else ()
     if elements <= SMALL:
         gates = (*combine.SMALL_GATES, combine.NUMBA_GATE)
-    return tuple(dataclasses.replace(gate, smoke=None) for gate in gates if gate.names <= {*SHOWN, COPY})
+    gates = tuple(dataclasses.replace(gate, smoke=None) for gate in gates if gate.names <= {*SHOWN, COPY})
+    return gates + combine.ACCURACY
 
 
 def points(device: str, along: str) -> tuple[Workload, ...]:
