@@ -79,8 +79,8 @@ def test_a_cold_clock_sweeps_before_each_call_and_outside_of_what_it_times():
 
 
 def test_the_sweep_empties_the_caches():
-    """A megabyte that was just read takes several times as long to read again after a sweep."""
-    data = np.zeros(1 << 18, dtype=np.float32)
+    """What fits the nearer caches and was just read takes several times as long to read again after a sweep."""
+    data = np.zeros(1 << 15, dtype=np.float32)
     swept = timer.cold(timer.host_clock, timer.cache_sweep("cpu"))
     for _ in range(5):  # others may hold the core, or sweep the caches too
         warm, cold = (min(clock(data.max, 1) for _ in range(10)) for clock in (timer.host_clock, swept))
