@@ -49,7 +49,7 @@ test: $(BUILT)
 	$(BIN)/python -m pytest -q
 
 # The artefact instead of the checkout: the wheel, installed in a folder of its own, with no source of the package near.
-# Without the tests of the benchmarks and of the CUDA sources on the host, which never see the wheel.
+# Without the tests of the benchmarks and of sources compiled for them on the host, which never see the wheel.
 test-wheel: $(READY)
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w build/wheel .

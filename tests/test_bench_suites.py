@@ -278,6 +278,7 @@ def test_errors_are_recorded_and_judged(monkeypatch):
     wrong = build(combine).figures
     assert wrong[ERROR][combine.OURS] == pytest.approx(1e-5, rel=0.1)
     assert not gate.holds(wrong[BESIDE][combine.OURS], gate.bound)
+    assert build(scaling, tokens=128, n=2).figures.keys() == exact.keys()
     for workload in combine.SUITE:
         assert {gate.device for gate in workload.gates if isinstance(gate, Accuracy)} == {"cpu", "cuda"}
 

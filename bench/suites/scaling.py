@@ -20,7 +20,7 @@ from bench.workload import COMPILED, COPY, Candidate, Case, Gate, Growth, Worklo
 
 ROW = 64  # tokens
 SHOWN = (combine.OURS, combine.ALONE, combine.EAGER, COMPILED, combine.NUMBA, combine.TRITON)
-SMALL, LARGE = 1 << 16, 1_500_000  # elements up to which, and from which on, figures are aimed at
+LARGE = 1_500_000  # elements from which on the figures of large calls are aimed at
 BOUND = 1.3
 
 
@@ -61,7 +61,7 @@ def build_growth(device: str, *, sizes: dict[str, tuple[int, int]]) -> Case:
 def gates_of(elements: int) -> tuple[Gate, ...]:
     """What is aimed at beside others at so many elements; CI judges it elsewhere."""
     gates = combine.LARGE_GATES if elements >= LARGE else ()
-    if elements <= SMALL:
+    if elements <= combine.SMALL:
         gates = (*combine.SMALL_GATES, combine.NUMBA_GATE)
     gates = tuple(dataclasses.replace(gate, smoke=None) for gate in gates if gate.names <= {*SHOWN, COPY})
     return gates + combine.ACCURACY
