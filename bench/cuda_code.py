@@ -43,15 +43,16 @@ class Limit:
 # Registers: what lets two blocks of 256 threads reside on a multiprocessor (128 a thread) or four (64); elsewhere
 # hardly more than is needed. Loads: all that there are, by the types' sizes, so that one narrow layout is noticed: N at
 # once or in turns up to 8 objectives, eight and one for 9 to 16 and for more, four and one by planes, and beside them.
-# The direct kernels read their objectives twice, and a log_ratio as wide as they are once; what they read for the
-# combination, some compilers cut down to what has a weight.
+# The direct kernels read their objectives twice, where a warp has one also out of shared memory, to which four loads
+# bring it; and a log_ratio as wide as they are once. What they read for the combination, some compilers cut down to
+# what has a weight.
 LIMITS = {
     r"combine_kernel<(float|double)": Limit(128, wide_loads=148),
     r"combine_kernel<(Half|BFloat16)": Limit(128, wide_loads=94),
     **{
-        f"combine_direct_kernel<({types}), {many}": Limit(64 if many == 1 else 128, wide_loads=2 * many + beside)
+        f"combine_direct_kernel<({types}), {many}": Limit(registers, loads + beside)
         for types, beside in (("float", 1), ("double", 0), ("Half|BFloat16", 2))
-        for many in (1, 2, 3, 4)
+        for many, registers, loads in ((1, 64, 6), (2, 128, 4), (3, 128, 6), (4, 128, 8))
     },
     r"gae_(warp|block)_kernel": Limit(64),
     r"policy_loss_kernel": Limit(128, wide_loads=15),
@@ -119,7 +120,7 @@ def kernels_of(source: Path, architecture: str, *flags: str) -> list[Kernel]:
     entry = re.compile(r"properties for (\w+)\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill "
                        r"loads\n.*?Used (\d+) registers")  # fmt: skip
     function = re.compile(r"Function : (\w+)\n(.*?)(?=Function :|\Z)", re.DOTALL)
-    counts = {name: Counter(re.findall(r"\b(LDG\.E\.128|LDL|STL)\b", body)) for name, body in function.findall(code)}
+    counts = {name: Counter(re.findall(r"\b(LDG?\.E\.128|LDL|STL)\b", body)) for name, body in function.findall(code)}
     found = []
     for name, stack, stores, loads, registers in entry.findall(told):
         if "3cub" in name:  # CUB's own
@@ -127,7 +128,7 @@ def kernels_of(source: Path, architecture: str, *flags: str) -> list[Kernel]:
         counted = counts[name]
         found.append(
             Kernel(architecture, readable(name), int(registers), int(stack), int(stores) + int(loads),
-                   counted["LDG.E.128"], counted["LDL"] + counted["STL"])
+                   counted["LDG.E.128"] + counted["LD.E.128"], counted["LDL"] + counted["STL"])
         )  # fmt: skip
     if not found:
         raise RuntimeError(f"{source.name}: ptxas names no kernel:\n{told}")

@@ -26,6 +26,7 @@ from pama_ext import Normalize, reference
 
 LEVELS = ("batch", "sequence", "token")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of pama::DType
+PLACES = {"last": -1, "first": 0, "middle": 1}  # in the order of combine_on_host.cpp
 ORDERS = (0, 1, 7)  # of the threads of a block: ascending, descending, shuffled
 
 pytestmark = needs_compiler
@@ -53,12 +54,12 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., int]:
 
 
 def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_form", noon=True, nan="ignore",
-        skip_inactive=False, reward_weights=None, in_place=False, normalize=None, first=False, offset=0,
-        offsets=(0, 0, 0)):  # fmt: skip
+        skip_inactive=False, reward_weights=None, in_place=False, normalize=None, objectives="last", offset=0,
+        offsets=(0, 0, 0), transposed=False):  # fmt: skip
     """The advantages (in place: the shares) and the packed results, and the number of blocks that made them.
 
-    ``first``: objectives stand first in memory; ``offset``: so many elements beyond an aligned address; ``offsets``:
-    the same of mask, log_ratio and the result.
+    ``objectives``: where they stand in memory; ``offset``: so many elements beyond an aligned address; ``offsets``: the
+    same of mask, log_ratio and the result, which may stand ``transposed``.
     """
     n, rows = advantages.shape[-1], solves(advantages.shape[0], level, normalize)
     groups = None if normalize is None or normalize._groups is None else normalize._groups.long().contiguous()
@@ -72,13 +73,14 @@ def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_for
         return memory[offset:][: math.prod(shape)].view(shape)
 
     memory = beyond(offset, advantages.shape, advantages.dtype)
-    at = memory.view(advantages.movedim(-1, 0).shape).movedim(0, -1) if first else memory.view(advantages.shape)
-    advantages = at.copy_(advantages)
+    dim = PLACES[objectives]
+    advantages = memory.view(advantages.movedim(-1, dim).shape).movedim(dim, -1).copy_(advantages)
     mask, log_ratio = (
         t if t is None else beyond(offset, t.shape, t.dtype).copy_(t)
         for t, offset in zip((mask, log_ratio), offsets[:2], strict=True)
     )
     out = None if in_place else beyond(offsets[2], advantages.shape[:-1], advantages.dtype)
+    out = out.view(out.shape[::-1]).t() if transposed else out
     packed = beyond(0, (10 * n + rows * (n + 1),), compute)
     rewards = None if reward_weights is None else (ctypes.c_double * n)(*reward_weights)
     problem = ctypes.c_char_p()
@@ -88,7 +90,8 @@ def run(kernel, advantages, mask, log_ratio, order, *, level, solver="closed_for
         ctypes.c_void_p(advantages.data_ptr()), DTYPES.index(advantages.dtype), (ctypes.c_int64 * 3)(*advantages.shape),
         *pointers, rewards, level.encode(), solver.encode(), (normalize._spec if normalize else "").encode(),
         None if groups is None else ctypes.c_void_p(groups.data_ptr()),
-        ctypes.c_int64(0 if groups is None else len(groups)), noon, nan == "propagate", skip_inactive, first, order,
+        ctypes.c_int64(0 if groups is None else len(groups)), noon, nan == "propagate", skip_inactive,
+        list(PLACES).index(objectives), transposed, order,
         ctypes.byref(problem),
     )  # fmt: skip
     assert blocks > 0, problem.value
@@ -207,7 +210,7 @@ def test_every_access_and_number_of_objectives(kernel, device, n, memory, in_pla
     for dtype in DTYPES:
         advantages, mask, log_ratio = problem((7, 2501 // n + 40, n), dtype)
         options = {"level": level, "nan": "ignore"}
-        where = {"in_place": in_place, "first": memory.startswith("first"), "offset": int("unaligned" in memory)}
+        where = {"in_place": in_place, "objectives": memory.partition(",")[0], "offset": int("unaligned" in memory)}
         got, packed, _ = run(kernel, advantages, mask, log_ratio, 7, **where, **options)
         assert_results((got, packed), advantages, mask, log_ratio, in_place=in_place, **options)
 
@@ -231,7 +234,7 @@ def test_a_cluster_and_a_grid_meet_alike(kernel, device, level):
 @pytest.mark.parametrize("level", LEVELS)
 def test_what_is_left_out_where_nobody_asks_for_it_changes_nothing(kernel, level, dtype, memory):
     """Weights of 1 take the general way through the entries; without them a shorter one is taken, to the same bits."""
-    where = {"first": memory.startswith("first"), "offset": int("unaligned" in memory)}
+    where = {"objectives": memory.partition(",")[0], "offset": int("unaligned" in memory)}
     where["in_place"] = level == "batch"  # otherwise another kernel does it
     for shape in ((9, 307, 4), (3, 29, 2)):
         inputs = problem(shape, dtype)
@@ -249,7 +252,7 @@ def test_what_is_left_out_where_nobody_asks_for_it_changes_nothing(kernel, level
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 32, 33])
 def test_plain_calls(kernel, n, memory):
     """One slice to eight of them, one batch of loads to several, one block or two; 33 objectives are too many."""
-    where = {"first": memory.startswith("first"), "offset": int("unaligned" in memory)}
+    where = {"objectives": memory.partition(",")[0], "offset": int("unaligned" in memory)}
     weights = [0.5, -2.0, 0.0, *[1.0 / n] * n][:n]
     sizes = (1, 31, 64, 129, 300, 8192 // n, 9000 // n)
     for tokens, dtype in itertools.zip_longest(sizes, DTYPES, fillvalue=torch.float32):
@@ -281,7 +284,9 @@ def test_plain_calls_of_several_blocks(kernel, device, dtype, capability):
 
 
 @pytest.mark.parametrize("capability", [8, 9])
-@pytest.mark.parametrize(("tokens", "n", "expected"), [(6000, 3, 3), (12000, 5, 8), (29000, 3, 22), (66 * 256, 16, 66)])
+@pytest.mark.parametrize(
+    ("tokens", "n", "expected"), [(6000, 3, 3), (12000, 5, 8), (29000, 3, 22), (66 * 256, 16, 66), (2100, 32, 17)]
+)
 def test_plain_calls_of_many_blocks(kernel, device, tokens, n, expected, capability):
     """More of them than a warp of each slice looks at in one turn, and clusters of more than two."""
     device(capability, multiprocessors=66)
@@ -298,17 +303,24 @@ def test_plain_calls_of_many_blocks(kernel, device, tokens, n, expected, capabil
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
-def test_plain_calls_whatever_is_unaligned(kernel, n, dtype):
-    """16 bytes at once of all tensors, or else of none; last tokens one by one."""
-    for tokens in (8, 701, 4200):
-        inputs = problem((1, tokens, n), dtype)
-        for first, offset, offsets in itertools.product((False, True), (0, 1), itertools.product((0, 1), repeat=3)):
-            got, packed, _ = run(kernel, *inputs, 7, level="batch", first=first, offset=offset, offsets=offsets)
-            assert_results((got, packed), *inputs, level="batch")
-            planes = n == 1 or (first and tokens * dtype.itemsize % 16 == 0)
-            whole = not offset and not any(offsets) and (planes or (not first and n <= 4))
-            assert kernel.access() == whole * (2 if planes else 1)  # pama::Access
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 10])
+def test_no_layout_changes_a_bit_of_plain_calls(kernel, n, dtype):
+    """Objectives that 16 bytes are read of at once, or not; what stands beside them likewise; one block and two."""
+    for rows, tokens in ((1, 8), (2, 350), (1, 701), (3, 1400)):
+        inputs = problem((rows, tokens, n), dtype)
+        expected = None
+        besides = (False, (0, 0, 0)), (True, (0, 0, 0)), *((False, o) for o in itertools.product((0, 1), repeat=3))
+        for objectives, offset, (transposed, offsets) in itertools.product(PLACES, (0, 1), besides):
+            where = {"objectives": objectives, "offset": offset, "offsets": offsets, "transposed": transposed}
+            got, packed, _ = run(kernel, *inputs, 7, level="batch", **where)
+            apart = {"last": 0, "first": rows * tokens, "middle": tokens if rows == 1 else 0}[objectives]
+            planes = n == 1 or (apart and apart * dtype.itemsize % 16 == 0)
+            side_by_side = n > 1 and objectives == "last"
+            assert kernel.access() == (0 if offset else 2 if planes else side_by_side)  # pama::Access
+            expected = expected or (got, packed)
+            assert_same_bits(got, expected[0])
+            assert_same_bits(packed, expected[1])
+        assert_results(expected, *inputs, level="batch")
 
 
 def test_plain_calls_that_the_second_level_cache_does_not_hold(kernel, device):
@@ -363,9 +375,9 @@ def test_plain_calls_meet_alike_wherever_they_do(kernel, device, seed):
             assert_same_bits(packed[3 * k : 3 * k + 3], whole[3 * k : 3 * k + 3])
 
 
-@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("objectives", PLACES)
 @pytest.mark.parametrize("offset", [0, 1])
-def test_plain_calls_of_several_blocks_and_all_they_may_ask_for(kernel, first, offset):
+def test_plain_calls_of_several_blocks_and_all_they_may_ask_for(kernel, objectives, offset):
     """Without mask or log_ratio, with an objective that is never active, and with weights that are given."""
     advantages, mask, log_ratio = problem((5, 701, 3))
     advantages = advantages.nan_to_num(0.5, 0.5, 0.5)
@@ -374,7 +386,15 @@ def test_plain_calls_of_several_blocks_and_all_they_may_ask_for(kernel, first, o
     for given_mask, given_ratio in ((mask, log_ratio), (None, log_ratio), (mask, None), (None, None)):
         for options in ({}, {"skip_inactive": True}, {"solver": "fixed", "reward_weights": [0.0, 2.0, -1.0]}):
             got, packed, blocks = run(
-                kernel, advantages, given_mask, given_ratio, 7, level="batch", first=first, offset=offset, **options
+                kernel,
+                advantages,
+                given_mask,
+                given_ratio,
+                7,
+                level="batch",
+                objectives=objectives,
+                offset=offset,
+                **options,
             )
             assert blocks == 2
             assert kernel.launches() == 1
@@ -404,9 +424,9 @@ def test_fixed_weights_beyond_float32(kernel, tokens):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_much_as_the_chip_holds(kernel, dtype):
-    """192 KB for each of two blocks go to the kernel of plain calls, and a token more to the general one, with four."""
-    n, budget = 3, 2 * 192 * 1024
-    most = budget // (n * dtype.itemsize + 1 + 4)  # with a byte of mask and a float of log_ratio
+    """Planes in 192 KB of each of two blocks go to the kernel of plain calls, a token more to the general one."""
+    n, found = 3, 64 * (64 if dtype == torch.float64 else 40) + 16  # what warps and blocks find, and a flag
+    most = 2 * (((192 * 1024 - found) // n - 16) // dtype.itemsize // 32 * 32)  # 16 bytes behind each plane
     for tokens, expected in ((most, 2), (most + 1, 4)):
         inputs = problem((1, tokens, n), dtype)
         got, packed, blocks = run(kernel, *inputs, 1, level="batch")
@@ -445,10 +465,10 @@ def test_plain_calls_with_little_to_see(kernel, n, valid):
 
 
 def test_what_is_left_to_the_general_kernel(kernel):
-    """A byte more than what fits on the chip, or anything unusual, gives other blocks and the same result."""
+    """More than what fits on the chip, or anything unusual, gives other blocks and the same result."""
     for shape, options in (((4, 600, 3), {"nan": "propagate"}), ((4, 600, 3), {"noon": False}),
                            ((4, 600, 3), {"reward_weights": [1.0] * 3}), ((1, 40_000, 3), {}),
-                           ((1, 120, 33), {}), ((1, 600, 17), {})):  # fmt: skip
+                           ((1, 120, 33), {}), ((1, 600, 33), {})):  # fmt: skip
         inputs = problem(shape)
         inputs = (inputs[0].nan_to_num(0.5, 0.5, 0.5), *inputs[1:])
         got, packed, blocks = run(kernel, *inputs, 1, level="batch", **options)
@@ -501,7 +521,7 @@ def test_any_problem(kernel, data):
     }
     if options["nan"] == "propagate":
         advantages = advantages.nan_to_num(0.5, 0.5, 0.5)
-    where = {"first": draw(st.booleans()), "offset": draw(st.integers(0, 2))}
+    where = {"objectives": draw(st.sampled_from(list(PLACES))), "offset": draw(st.integers(0, 2))}
     got, packed, _ = run(kernel, advantages, mask, log_ratio, draw(st.integers(0, 9)), **options, **where)
     assert_results((got, packed), advantages, mask, log_ratio, **options)
 
@@ -576,9 +596,18 @@ def test_pools_of_every_size(kernel, n, size):
         ("scan.cuh", "% lanes, lanes);\n    }\n    ", {"normalize": Normalize(by="group", group_size=8)}),
         ("scan.cuh", "parts[e] = sum;\n    }\n    ", {"solver": "min_norm"}),
         ("direct.cuh", "keep(look());\n    ", {}),
+        ("direct.cuh", "make_planes();\n      ", {"offset": 1}),
         ("direct.cuh", "keep_spread(spread(centre()));\n    ", {}),
     ],
-    ids=["slices", "groups, before", "groups, after", "Gram matrices", "direct, first", "direct, second"],
+    ids=[
+        "slices",
+        "groups, before",
+        "groups, after",
+        "Gram matrices",
+        "direct, first",
+        "direct, planes",
+        "direct, second",
+    ],
 )
 def test_a_missing_barrier_is_noticed(tmp_path, file, before, options):
     """The negative control: without the barrier before what warps have found is merged, the order of threads shows."""
@@ -608,7 +637,7 @@ def broken_library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("broken")
     cuda = shutil.copytree(ROOT / "csrc/cuda", folder / "cuda")
     for file, right in (
-        ("combine.cu", " && holds(p.out, kBytes)"),
+        ("direct.cuh", " && reinterpret_cast<uintptr_t>(out) % kBytes == 0"),
         ("direct.cuh", "    if (p.meeting == Meeting::kCluster) cluster().barrier_wait();\n"),
     ):
         source = (cuda / file).read_text()

@@ -27,18 +27,18 @@ static_assert(kThreads >= kMaxObjectives + 2, "one thread per objective, and two
 //
 //   call                      elements      kernel       blocks                                   meet in
 //   plain, N up to 32         up to 8192    direct.cuh   1                                        the block
-//   plain, N up to 16         up to 65536   direct.cuh   8 at most, one for 8192 elements         a cluster
-//   plain, N up to 16         beyond        direct.cuh   1 a multiprocessor at most, 1 for 4096   the grid
+//   plain, N up to 32         up to 65536   direct.cuh   8 at most, one for 8192 elements         a cluster
+//   plain, N up to 32         beyond        direct.cuh   1 a multiprocessor at most, 1 for 4096   the grid
 //   any                       up to 4096    block.cuh    1                                        the block
 //   any                       up to 32768   block.cuh    8 at most, one for 2048                  a cluster
 //   any                       beyond        block.cuh    2 a multiprocessor at most, 1 for 2048   the grid
 //
 // The first three rows are kDirectShapes. Plain: at level batch, asking for nothing unusual (is_direct()), and no
-// larger than the chip, which is kDirectBytes for each block and half of the second-level cache. The blocks meet in the
-// cheapest way that their number allows: within a block, in a cluster through distributed shared memory (compute
-// capability 9.0; elsewhere the grid), or in a grid that is resident as a whole, through memory. A tile of block.cuh is
-// as large as the share of a block or as a whole number of small pools, as what fits into half of a multiprocessor's
-// shared memory, or as kTileTokens. Layouts that are accessed 16 bytes at a time: see access_of(), and launch_direct().
+// larger than the chip, which is kDirectBytes of advantages for each block and half of the second-level cache. The
+// blocks meet in the cheapest way that their number allows: within a block, in a cluster through distributed shared
+// memory (compute capability 9.0; elsewhere the grid), or in a grid that is resident as a whole, through memory. A tile
+// of block.cuh is as large as the share of a block or as a whole number of small pools, as what fits into half of a
+// multiprocessor's shared memory, or as kTileTokens. Layouts that are accessed 16 bytes at a time: see access_of().
 struct ShapeRow {
   int64_t up_to, elements_per_block;
   int most_blocks;
@@ -54,8 +54,7 @@ constexpr ShapeRow kDirectShapes[] = {
     {65536, 8192, kClusterBlocks, Meeting::kCluster},
     {INT64_MAX, 4096, INT32_MAX, Meeting::kGrid},
 };
-constexpr int64_t kDirectBytes = 192 * 1024;  // and in all no more than half of the second-level cache
-constexpr int kDirectMost = 16;  // objectives of several blocks: a load of 32 entries touches as many cache lines
+constexpr int kDirectBytes = 192 * 1024;  // and in all no more than half of the second-level cache
 
 template <class S, Kind kKind>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM) combine_kernel(const __grid_constant__ CombineParams p) {
@@ -161,60 +160,61 @@ int64_t direct_blocks(const CombineParams& p) {
                              attribute_of<cudaDevAttrMultiProcessorCount>(p.device.index));
 }
 
-// Whether cuda/direct.cuh does it: Noon and no Normalize, all tensors with one step from token to token, of which a
-// block counts in int, and no more than fits on the chip.
-bool is_direct(const CombineParams& p) {
-  constexpr int64_t kFar = INT32_MAX / kDirectBytes;
-  const auto steps = [&](const Plane& q) {
-    return (p.rows == 1 || q.row == p.cols * q.col) && -kFar < q.col && q.col < kFar;
-  };
-  const int64_t bytes = p.tokens() * (p.n * size_of(p.dtype) + (p.mask.data ? 1 : 0) + (p.log_ratio.data ? 4 : 0));
-  const int64_t cache = attribute_of<cudaDevAttrL2CacheSize>(p.device.index);
-  return p.level == Level::kBatch && !p.has_gram() && p.plain && !p.in_place && p.gates_together && steps(p.out) &&
-         p.n <= (direct_blocks(p) > 1 ? kDirectMost : kDirectWarps) &&
-         std::all_of(p.advantages, p.advantages + p.n, steps) &&
-         bytes <= std::min(direct_blocks(p) * kDirectBytes, cache / 2);
+// The tokens of a block.
+int64_t direct_run(const CombineParams& p) {
+  const int64_t blocks = direct_blocks(p), each = (p.tokens() + blocks - 1) / blocks;
+  return (each + 31) / 32 * 32;
 }
 
-// Whether all that the call accesses can be accessed kBytes at a time, if the other objectives stand as the first does
-// (see access_of). What is absent stands at 0.
+// What a block may have.
+int direct_shared(const CombineParams& p) {
+  return std::min(attribute_of<cudaDevAttrMaxSharedMemoryPerBlockOptin>(p.device.index), kDirectBytes);
+}
+
+// Whether cuda/direct.cuh does it: Noon and no Normalize, and no more than fits on the chip, in any layout.
 template <class S>
-bool aligned(const CombineParams& p) {
-  constexpr int kVec = kBytes / sizeof(S);
-  const auto holds = [](const Plane& q, size_t bytes) { return reinterpret_cast<uintptr_t>(q.data) % bytes == 0; };
-  return holds(p.advantages[0], kBytes) && holds(p.mask, kVec) && holds(p.log_ratio, alignof(Pack<float, kVec>)) &&
-         p.out_together && holds(p.out, kBytes);
+bool is_direct(const CombineParams& p) {
+  using Shared = DirectShared<typename Storage<S>::Compute, 1>;
+  const int64_t bytes = p.tokens() * (p.n * size_of(p.dtype) + (p.mask.data ? 1 : 0) + (p.log_ratio.data ? 4 : 0));
+  const int64_t cache = attribute_of<cudaDevAttrL2CacheSize>(p.device.index);
+  const int64_t planes = p.n * direct_pitch<S>(direct_run(p)) * static_cast<int64_t>(sizeof(S));
+  return p.level == Level::kBatch && !p.has_gram() && p.plain && !p.in_place && p.gates_together &&
+         p.n <= kDirectWarps && planes + static_cast<int64_t>(sizeof(Shared)) <= direct_shared(p) && bytes <= cache / 2;
+}
+
+// How the objectives stand, if all others stand as the first does (see access_of) and it is aligned.
+template <class S>
+Access direct_access(const CombineParams& p) {
+  return reinterpret_cast<uintptr_t>(p.advantages[0].data) % kBytes ? Access::kAny : access_of(p);
 }
 
 template <class S, int kMany>
 void launch_direct_of(CombineParams& p, void* stream) {
-  const int64_t blocks = direct_blocks(p), each = (p.tokens() + blocks - 1) / blocks;
-  if (p.access == Access::kInterleaved && kMany == 1) p.access = Access::kAny;
-  p.run_tokens = (each + 31) / 32 * 32;
-  p.tile_slices = 1;
-  const int objectives = kMany > 1 ? 1 : p.n;  // of different warps
-  const int slice = p.access == Access::kAny ? kDirectSlice : std::max<int>(kDirectSlice, 32 * kBytes / sizeof(S));
-  while (64 * p.tile_slices * objectives <= direct_threads(kMany) && 2 * p.tile_slices <= kDirectSlices &&
+  const int64_t blocks = direct_blocks(p);
+  p.run_tokens = direct_run(p);
+  p.tile_slices = 1;  // as many in every layout
+  const int slice = std::max<int>(kDirectSlice, 32 * kBytes / sizeof(S));
+  while (64 * p.tile_slices * p.n <= direct_threads(1) && 2 * p.tile_slices <= kDirectSlices &&
          2 * p.tile_slices * slice <= p.run_tokens)
     p.tile_slices *= 2;
   constexpr auto kKernel = combine_direct_kernel<S, kMany>;
   p.meeting = meeting_of<kKernel>(p, blocks, kDirectShapes);
-  launch_together(reinterpret_cast<const void*>(kKernel), blocks, 32 * p.tile_slices * objectives, p, stream,
-                  "launching combine_direct_kernel", p.meeting,
-                  sizeof(DirectShared<typename Storage<S>::Compute, kMany>));
+  int64_t shared = sizeof(DirectShared<typename Storage<S>::Compute, kMany>);
+  if (kMany == 1 && p.access != Access::kPlanes) shared += p.n * direct_pitch<S>(p.run_tokens) * sizeof(S);
+  allow_shared<kKernel>(p.device.index, direct_shared(p));
+  launch_together(reinterpret_cast<const void*>(kKernel), blocks, 32 * p.tile_slices * (kMany > 1 ? 1 : p.n), p, stream,
+                  "launching combine_direct_kernel", p.meeting, shared);
 }
 
+template <class S>
 void launch_direct(CombineParams& p, void* stream) {
-  with_dtype(p.dtype, [&](auto s) {
-    using S = decltype(s);
-    p.access = aligned<S>(p) ? access_of(p) : Access::kAny;
-    switch (p.access == Access::kInterleaved ? p.n : 1) {
-      case 2: return launch_direct_of<S, 2>(p, stream);
-      case 3: return launch_direct_of<S, 3>(p, stream);
-      case 4: return launch_direct_of<S, 4>(p, stream);
-      default: return launch_direct_of<S, 1>(p, stream);
-    }
-  });
+  p.access = direct_access<S>(p);
+  switch (p.access == Access::kInterleaved ? p.n : 1) {
+    case 2: return launch_direct_of<S, 2>(p, stream);
+    case 3: return launch_direct_of<S, 3>(p, stream);
+    case 4: return launch_direct_of<S, 4>(p, stream);
+    default: return launch_direct_of<S, 1>(p, stream);
+  }
 }
 
 // How many tokens a tile has room for.
@@ -295,7 +295,7 @@ void launch_combine_cuda(CombineParams& params, void* stream) {
     params.measures = measures<C>(params, most);
     normalize_cuda(params, static_cast<char*>(params.workspace) + blocks_bytes(params), stream);
     plan_entries(params);
-    if (is_direct(params)) return launch_direct(params, stream);
+    if (is_direct<S>(params)) return launch_direct<S>(params, stream);
     const int64_t blocks = blocks_for(params);
     const int64_t shared = plan_tiles<C>(params, blocks, most);
     params.meeting = meeting_of<kKernel>(params, blocks, kShapes);

@@ -1,75 +1,25 @@
 // The kernel of plain calls at level batch that fit on the chip: no tile, a warp to each slice of an objective, or of a
 // few that stand side by side, which loads what it needs itself, a second and a third time from a cache: the first if
-// one block does all, the second where blocks have met, as that empties the first. A call of a few hundred numbers
-// takes as long as its longest chain of instructions, so this one is short.
+// one block does all, the second where blocks have met, as that empties the first. Objectives that cannot be read 16
+// bytes at a time as they stand are brought to shared memory first, each to a plane of its own. A lane has the same
+// tokens however they stand, so no layout changes a bit. A call of a few hundred numbers takes as long as its longest
+// chain of instructions, so this one is short.
 #pragma once
 
-#include "launch.h"
+#include "found.cuh"
 #include "meet.cuh"
 #include "pama/solve.h"
-#include "scan.cuh"
 
 namespace pama {
 
-constexpr int kDirectWarps = 32;   // of a block; as many objectives at most: where all meet, a lane has one of them
-constexpr int kDirectSlices = 16;  // of an objective in a block: whoever needs the whole adds them up
-constexpr int kDirectSlice = 128;  // tokens that are worth a warp
 // Of a block, at most. `many`: objectives of a warp, up to four, as a lane holds what it finds of each.
 constexpr int direct_threads(int many) { return 32 * (many > 1 ? kDirectSlices : kDirectWarps); }
-template <class S>
-constexpr int kDirectLoads = sizeof(S) == 8 ? 2 : 4;  // of elements one by one, from each tensor, under way
-
-// What a warp has found in its slice of an objective, or all slices of a block, or all blocks.
-template <class C>
-struct Found {
-  C sum{0}, active{0}, low = static_cast<C>(HUGE_VAL), high = -static_cast<C>(HUGE_VAL);
-  C drift{0}, squares{0};  // around the mean of all
-  unsigned usable = 0, valid = 0, positive = 0, clipped = 0;
-
-  __device__ __forceinline__ void add(const Found& x) {
-    sum += x.sum;
-    active += x.active;
-    low = static_cast<C>(fmin(low, x.low));
-    high = static_cast<C>(fmax(high, x.high));
-    drift += x.drift;
-    squares += x.squares;
-    usable += x.usable;
-    valid += x.valid;
-    positive += x.positive;
-    clipped += x.clipped;
-  }
-};
-
-template <class C, int kMany>
-struct DirectShared {
-  // [n, slices], of the block; then of all blocks, of which each slice has some
-  Found<C> slice[kMany > 1 ? kMany * kDirectSlices : kDirectWarps];
-  Found<C> block[kDirectWarps];  // [n]
-  bool last;                     // of all blocks to get that far
-};
-
-// In the workspace: how many blocks have published their spread, and what each has found.
-template <class C>
-struct Published {
-  unsigned* count;
-  Found<C>* found;     // [blocks, n]
-  volatile C* spread;  // [blocks, n, 2]: drift and squares, which no cache may hold
-
-  __device__ __forceinline__ Published(void* workspace, int n)
-      : count(static_cast<unsigned*>(workspace)),
-        found(reinterpret_cast<Found<C>*>(static_cast<char*>(workspace) + kBytes)),
-        spread(reinterpret_cast<C*>(found + static_cast<int>(gridDim.x) * n)) {}
-
-  static __host__ int64_t bytes(int64_t blocks, int n) {
-    return kBytes + blocks * n * static_cast<int64_t>(sizeof(Found<C>) + 2 * sizeof(C));
-  }
-};
 
 // kMany: objectives of a warp. More than one are all there are, side by side in memory.
 template <class S, int kMany>
 class Direct {
   using C = typename Storage<S>::Compute;
-  static constexpr int kVec = kBytes / sizeof(S), kLoads = kMany > 1 ? 1 : kDirectLoads<S>;
+  static constexpr int kVec = kBytes / sizeof(S), kUnder = 4;  // loads under way, where planes are made
 
  public:
   __device__ __forceinline__ Direct(const CombineParams& params, DirectShared<C, kMany>& memory)
@@ -80,14 +30,21 @@ class Direct {
         mask(params.mask.data ? reinterpret_cast<const uint8_t*>(params.mask.data) + begin : nullptr),
         log_ratio(params.log_ratio.data ? reinterpret_cast<const float*>(params.log_ratio.data) + begin : nullptr),
         tokens(static_cast<int>(max(int64_t{0}, min(params.run_tokens, params.tokens() - begin)))),
-        whole(params.access == Access::kAny ? 0 : tokens / kVec * kVec),
+        whole(tokens / kVec * kVec),
         lane(static_cast<int>(threadIdx.x) % 32),
         step(32 * params.tile_slices),
         first(static_cast<int>(threadIdx.x) & (step - 1)),  // a power of two
-        objective(this_over(step)) {}
+        objective(this_over(step)),
+        planes(reinterpret_cast<S*>(&memory + 1)),
+        pitch(static_cast<int>(direct_pitch<S>(params.run_tokens))),
+        made(kMany == 1 && params.access != Access::kPlanes) {}
 
   __device__ __forceinline__ void run() {
     const bool alone = gridDim.x == 1, writes = threadIdx.x + 32 >= blockDim.x;
+    if (made) {
+      make_planes();
+      __syncthreads();
+    }
     keep(look());
     __syncthreads();
     if (!alone) {
@@ -175,10 +132,57 @@ class Direct {
       if (lane == 0) slot(j).drift = s.of[j].drift, slot(j).squares = s.of[j].squares;
   }
 
+  // Where token k of this block stands, in elements.
+  __device__ __forceinline__ int64_t place(const Plane& q, int k) const {
+    const int64_t t = begin + k;
+    if (p.rows == 1 || q.row == p.cols * q.col) return t * q.col;
+    const unsigned row = static_cast<unsigned>(t) / static_cast<unsigned>(p.cols);
+    return row * q.row + (t - static_cast<int64_t>(row) * p.cols) * q.col;
+  }
+
+  // The block's objectives, as planes in shared memory: kBytes at a time if they stand side by side, else one by one.
+  __device__ __forceinline__ void make_planes() const {
+    const int threads = static_cast<int>(blockDim.x), n = p.n, thread = static_cast<int>(threadIdx.x);
+    if (p.access == Access::kInterleaved) {
+      const auto* x =
+          reinterpret_cast<const Pack<S, kVec>*>(reinterpret_cast<const S*>(p.advantages[0].data) + begin * n);
+      const int packs = tokens * n / kVec;
+#pragma unroll 1
+      for (int base = thread; base < packs; base += kUnder * threads) {
+        Pack<S, kVec> raw[kUnder];
+#pragma unroll
+        for (int d = 0; d < kUnder; ++d) raw[d] = x[min(base + d * threads, packs - 1)];
+#pragma unroll
+        for (int d = 0; d < kUnder; ++d) {
+          if (base + d * threads >= packs) break;
+          int k = (base + d * threads) * kVec / n, i = (base + d * threads) * kVec - k * n;
+#pragma unroll
+          for (int e = 0; e < kVec; ++e) {
+            planes[i * pitch + k] = raw[d].at[e];
+            if (++i == n) i = 0, ++k;
+          }
+        }
+      }
+      for (int f = packs * kVec + thread; f < tokens * n; f += threads)
+        planes[f % n * pitch + f / n] = reinterpret_cast<const S*>(x)[f];
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < n; ++i) {
+        const Plane& q = p.advantages[i];
+#pragma unroll kUnder
+        for (int k = thread; k < tokens; k += threads)
+          planes[i * pitch + k] = reinterpret_cast<const S*>(q.data)[place(q, k)];
+      }
+    }
+  }
+
+  // Token k of this block: of objective i, or of the first of those that stand side by side.
+  __device__ __forceinline__ const S* at(int i, int k) const {
+    return made ? planes + i * pitch + k : reinterpret_cast<const S*>(p.advantages[i].data) + (begin + k) * kMany;
+  }
   // From token k on of this block: kVec tokens of objective i, or of all that stand side by side.
   __device__ __forceinline__ Each<Pack<S, kVec>> load_whole(int i, int k) const {
-    const auto* x =
-        reinterpret_cast<const Pack<S, kVec>*>(reinterpret_cast<const S*>(p.advantages[i].data) + (begin + k) * kMany);
+    const auto* x = reinterpret_cast<const Pack<S, kVec>*>(at(i, k));
     Each<Pack<S, kVec>> raw;
 #pragma unroll
     for (int j = 0; j < kMany; ++j) raw.of[j] = x[j];
@@ -187,16 +191,21 @@ class Direct {
   static __device__ __forceinline__ C entry_of(const Each<Pack<S, kVec>>& raw, int t, int j) {
     return Storage<S>::load(raw.of[(t * kMany + j) / kVec].at[(t * kMany + j) % kVec]);
   }
-  __device__ __forceinline__ Pack<uint8_t, kVec> mask_of(int k) const {
-    if (mask) return pack<uint8_t, kVec>(mask + k);
-    Pack<uint8_t, kVec> all;
+  // kVec of what stands beside the objectives, whose addresses may be any.
+  template <class T>
+  static __device__ __forceinline__ Pack<T, kVec> beside(const T* from, T otherwise) {
+    Pack<T, kVec> found;
+    if (reinterpret_cast<uintptr_t>(from) % alignof(Pack<T, kVec>) == 0 && from) return pack<T, kVec>(from);
 #pragma unroll
-    for (uint8_t& x : all.at) x = 1;
-    return all;
+    for (int t = 0; t < kVec; ++t) found.at[t] = from ? from[t] : otherwise;
+    return found;
+  }
+  __device__ __forceinline__ Pack<uint8_t, kVec> mask_of(int k) const {
+    return beside<uint8_t>(mask ? mask + k : nullptr, 1);
   }
 
-  // Calls each(j, raw, valid, not_above) for the entries of this lane: kVec tokens at once, or one by one, loads of
-  // some under way.
+  // Calls each(j, raw, valid, not_above) for the entries of this lane: kVec tokens at once, and of those that are left
+  // behind them one.
   template <bool kGates, class F>
   __device__ __forceinline__ void entries(F each) const {
 #pragma unroll 1
@@ -204,7 +213,7 @@ class Direct {
       const Each<Pack<S, kVec>> raw = load_whole(objective, k);
       const Pack<uint8_t, kVec> set = mask_of(k);
       Pack<float, kVec> log_u;
-      if (kGates && log_ratio) log_u = pack<float, kVec>(log_ratio + k);
+      if (kGates && log_ratio) log_u = beside<float>(log_ratio + k, 0);
 #pragma unroll
       for (int t = 0; t < kVec; ++t) {
         const bool not_above = !kGates || !log_ratio || log_u.at[t] <= p.gate_high;
@@ -212,32 +221,11 @@ class Direct {
         for (int j = 0; j < kMany; ++j) each(j, entry_of(raw, t, j), set.at[t] != 0, not_above);
       }
     }
-    const Plane& q = p.advantages[objective];
-    const S* x = reinterpret_cast<const S*>(q.data) + begin * q.col;
-    const int apart = static_cast<int>(q.col);
-#pragma unroll 1
-    for (int k = whole + first; k < tokens; k += kLoads * step) {
-      S raw[kLoads][kMany];
-      bool valid[kLoads];
-      float log_u[kLoads];
-      int at[kLoads];
+    const int k = whole + first;
+    if (k >= tokens) return;
+    const bool valid = !mask || mask[k] != 0, not_above = !kGates || !log_ratio || log_ratio[k] <= p.gate_high;
 #pragma unroll
-      for (int d = 0; d < kLoads; ++d) {
-        valid[d] = k + d * step < tokens;
-        at[d] = min(k + d * step, tokens - 1);
-#pragma unroll
-        for (int j = 0; j < kMany; ++j) raw[d][j] = x[at[d] * apart + j];
-        log_u[d] = -HUGE_VALF;
-      }
-#pragma unroll
-      for (int d = 0; d < kLoads && kGates && log_ratio; ++d) log_u[d] = log_ratio[at[d]];
-#pragma unroll
-      for (int d = 0; d < kLoads && mask; ++d) valid[d] &= mask[at[d]] != 0;
-#pragma unroll
-      for (int d = 0; d < kLoads; ++d)
-#pragma unroll
-        for (int j = 0; j < kMany; ++j) each(j, Storage<S>::load(raw[d][j]), valid[d], log_u[d] <= p.gate_high);
-    }
+    for (int j = 0; j < kMany; ++j) each(j, Storage<S>::load(at(objective, k)[j]), valid, not_above);
   }
 
   // Everything but the spread.
@@ -409,11 +397,12 @@ class Direct {
     put(kStatistics, weight);
   }
 
-  // The combination, a thread to kVec tokens, or to one, loads of some under way.
+  // The combination, a thread to kVec tokens, and behind them to one.
   __device__ __forceinline__ void combine(C weight) const {
     const unsigned weighted = __ballot_sync(0xffffffffu, weight != C{0});
     const int threads = static_cast<int>(blockDim.x);
-    S* const out = reinterpret_cast<S*>(p.out.data) + begin * p.out.col;
+    S* const out = reinterpret_cast<S*>(p.out.data);
+    const bool wide = p.out_together && reinterpret_cast<uintptr_t>(out) % kBytes == 0;
 #pragma unroll 1
     for (int base = kVec * (static_cast<int>(threadIdx.x) - lane); base < whole; base += kVec * threads) {
       const int k = min(base + kVec * lane, whole - kVec);
@@ -442,35 +431,26 @@ class Direct {
       Pack<S, kVec> rounded;
 #pragma unroll
       for (int t = 0; t < kVec; ++t) rounded.at[t] = Storage<S>::store(combined[t]);
-      if (base + kVec * lane < whole) pack<S, kVec>(out + k) = rounded;
-    }
-#pragma unroll 1
-    for (int base = whole + static_cast<int>(threadIdx.x) - lane; base < tokens; base += kLoads * threads) {
-      int at[kLoads];
-      bool valid[kLoads];
-      C combined[kLoads];
+      if (base + kVec * lane >= whole) continue;
+      if (wide) {
+        pack<S, kVec>(out + begin + k) = rounded;
+      } else {
 #pragma unroll
-      for (int d = 0; d < kLoads; ++d) {
-        at[d] = min(base + lane + d * threads, tokens - 1);
-        valid[d] = !mask || mask[at[d]] != 0;
-        combined[d] = C{0};
+        for (int t = 0; t < kVec; ++t) out[place(p.out, k + t)] = rounded.at[t];
       }
-#pragma unroll 1
-      for (unsigned left = weighted; left != 0; left &= left - 1) {
-        const int i = __ffs(static_cast<int>(left)) - 1;
-        const C share = __shfl_sync(0xffffffffu, weight, i);
-        const Plane& q = p.advantages[i];
-        const S* x = reinterpret_cast<const S*>(q.data) + begin * q.col;
-        S raw[kLoads];
-#pragma unroll
-        for (int d = 0; d < kLoads; ++d) raw[d] = x[at[d] * static_cast<int>(q.col)];
-#pragma unroll
-        for (int d = 0; d < kLoads; ++d) add(combined[d], share, Storage<S>::load(raw[d]), valid[d]);
-      }
-#pragma unroll
-      for (int d = 0; d < kLoads; ++d)
-        if (base + lane + d * threads < tokens) out[at[d] * p.out.col] = Storage<S>::store(combined[d]);
     }
+    // By one warp: shuffles want all its lanes, and fewer than that are left.
+    if (threadIdx.x >= 32 || whole == tokens) return;
+    const int k = min(whole + lane, tokens - 1);
+    const bool valid = !mask || mask[k] != 0;
+    C combined{0};
+#pragma unroll 1
+    for (unsigned left = weighted; left != 0; left &= left - 1) {
+      const int i = __ffs(static_cast<int>(left)) - 1;
+      const S* const x = kMany > 1 ? at(0, k) + i : at(i, k);
+      add(combined, __shfl_sync(0xffffffffu, weight, i), Storage<S>::load(*x), valid);
+    }
+    if (whole + lane < tokens) out[place(p.out, k)] = Storage<S>::store(combined);
   }
   static __device__ __forceinline__ void add(C& combined, C share, C raw, bool valid) {
     const Entry<C> e = plain_entry(raw, valid, true);
@@ -485,6 +465,9 @@ class Direct {
   const float* const log_ratio;
   const int tokens, whole;  // of them, as many as are accessed kBytes at a time
   const int lane, step, first, objective;
+  S* const planes;  // in shared memory, each `pitch` elements long, if they are made
+  const int pitch;
+  const bool made;
 };
 
 template <class S, int kMany>

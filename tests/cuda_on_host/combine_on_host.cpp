@@ -25,20 +25,23 @@ extern "C" int last_meeting() { return static_cast<int>(met); }
 extern "C" int last_access() { return static_cast<int>(accessed); }
 extern "C" int last_launches() { return host::launches; }
 
-// Tensors are contiguous: advantages [sizes[0], sizes[1], sizes[2]] with the objectives last, or first in memory, mask
-// bool, log_ratio float32, groups int64 [n_groups], each or null. Returns the number of blocks, or -1 with what does
-// not fit in `problem`.
+// Tensors are dense: advantages [sizes[0], sizes[1], sizes[2]] with the objectives last in memory, or where
+// `objectives` says, the result by rows or `transposed`; mask bool, log_ratio float32, groups int64 [n_groups], each or
+// null. Returns the number of blocks, or -1 with what does not fit in `problem`.
 extern "C" int combine_on_host(void* advantages, int dtype, const int64_t* sizes, void* mask, void* log_ratio,
                                void* out, void* packed, const double* reward_values, const char* level,
                                const char* solver, const char* normalize, void* groups, int64_t n_groups, int noon,
-                               int propagate, int skip_inactive, int first, unsigned order, const char** problem) {
+                               int propagate, int skip_inactive, int objectives, int transposed, unsigned order,
+                               const char** problem) {
   using namespace pama;
   const Device cpu{DeviceType::kCPU, host::device};
-  const int64_t last[3] = {sizes[1] * sizes[2], sizes[2], 1}, planes[3] = {sizes[1], 1, sizes[0] * sizes[1]};
-  const int64_t *strides = first ? planes : last, plane[2] = {sizes[1], 1}, one = 1;
+  const int64_t in_memory[3][3] = {{sizes[1] * sizes[2], sizes[2], 1},   // last
+                                   {sizes[1], 1, sizes[0] * sizes[1]},   // first
+                                   {sizes[1] * sizes[2], 1, sizes[1]}};  // in the middle
+  const int64_t *strides = in_memory[objectives], plane[2] = {sizes[1], 1}, columns[2] = {1, sizes[0]}, one = 1;
   const TensorView a{advantages, static_cast<DType>(dtype), cpu, 3, sizes, strides};
   const TensorView m{mask, DType::kInt8, cpu, 2, sizes, plane}, l{log_ratio, DType::kFloat32, cpu, 2, sizes, plane};
-  const TensorView o{out, static_cast<DType>(dtype), cpu, 2, sizes, plane};
+  const TensorView o{out, static_cast<DType>(dtype), cpu, 2, sizes, transposed ? columns : plane};
   const TensorView g{groups, DType::kInt64, cpu, 1, &n_groups, &one};
   const CombineOptions options(-1, 0.2, 0.2, noon, level, solver, normalize, propagate ? "propagate" : "ignore",
                                skip_inactive);
