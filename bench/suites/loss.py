@@ -129,8 +129,10 @@ def build_value(device: str, *, shape: tuple[int, int]) -> Case:
     return Case(found, bytes_of(values=t.values, old_values=t.old_values, returns=t.returns, mask=mask, **gradient))
 
 
-MIDDLE = (Gate(EAGER, OURS, 3.0, smoke=1.5),)
+PEER = Gate(LIGER, ROWS, 1.0)  # though it has one metric
+MIDDLE = (Gate(EAGER, OURS, 10.0, smoke=3.0), PEER)
 LARGEST = (
+    PEER,
     Gate(EAGER, OURS, 5.0, view="device", device="cuda"),
     Gate(COPY, OURS, 0.85, view="cold", device="cuda"),
 )

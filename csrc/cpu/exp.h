@@ -27,11 +27,14 @@ inline __attribute__((always_inline)) Exponential<C> exponential(typename Simd<C
 
   const V shifted = x * kInverse + kShift, k = shifted - kShift;
   const V r = (x - k * kHigh) - k * kLow;
-  V q{};  // e^r = 1 + r + r^2 q
-  C factorial[kTerms + 1] = {1};
-  for (int i = 1; i <= kTerms; ++i) factorial[i] = factorial[i - 1] * C(i);
-  for (int i = kTerms; i >= 2; --i) q = q * r + C{1} / factorial[i];
-  const V tail = r * r * q, power = (V)(((M)shifted << kMantissa) + (M)(V{} + C{1}));
+  C inverse[kTerms + 1] = {1};  // of factorials
+  C factorial = 1;
+  for (int i = 1; i <= kTerms; ++i) inverse[i] = C{1} / (factorial *= C(i));
+  // e^r = 1 + r + r^2 (even + r odd): two chains, as one would be the longest thing that a loop waits for.
+  const V square = r * r;
+  V odd = V{} + inverse[kTerms], even = V{} + inverse[kTerms - 1];
+  for (int i = kTerms - 2; i >= 2; i -= 2) odd = odd * square + inverse[i], even = even * square + inverse[i - 1];
+  const V tail = square * (even + r * odd), power = (V)(((M)shifted << kMantissa) + (M)(V{} + C{1}));
   const V value = (C{1} + (r + tail)) * power;
   return {value, k == V{} ? tail : value - C{1} - x};
 }

@@ -23,7 +23,6 @@ class PolicyKernel : LossTile<C> {
  public:
   PolicyKernel(const PolicyParams& params, PolicySums& sums)
       : p(params),
-        bounds(params),
         to(sums),
         tokens(smaller(kTokens, kElements / p.n / 16 * 16)),
         adjacent(pama::adjacent(p.advantages, p.n, p.advantage_dtype)) {
@@ -95,19 +94,25 @@ class PolicyKernel : LossTile<C> {
     V slope, factor, held;  // the gradient; that of an advantage of 1; log_ratio within its limit
   };
 
+  static V within(V x) {  // its limit; NaN stays NaN
+    const V limit = V{} + static_cast<C>(kLogRatioLimit);
+    return larger(-limit, smaller(limit, x));
+  }
+
   // A vector of tokens, of which those that `take` says are valid.
   template <bool kReference, bool kTruncated>
-  inline __attribute__((always_inline)) Step step(V log_prob, V old, V a, V ref, M take, Sums& sums) const {
-    const V log_ratio = log_prob - old, held = to_limit<V, C>(log_ratio), u = exponential<C>(held).value;
-    const auto term = policy_term<kTruncated, V, M>(bounds, log_prob, log_ratio, held, u, a);
+  inline __attribute__((always_inline)) Step step(const PolicyBounds<C, V>& bounds, V log_prob, V old, V a, V ref,
+                                                  M take, Sums& sums) const {
+    const V log_ratio = log_prob - old, held = within(log_ratio), u = exponential<C>(held).value;
+    const auto term = policy_term<kTruncated, M>(bounds, log_prob, log_ratio, held, u, a);
     V each = term.loss, slope = term.slope;
     if constexpr (kReference) {
       const C kl_coef = static_cast<C>(p.kl_coef);
-      const V apart = ref - log_prob, limited = to_limit<V, C>(apart), kl = exponential<C>(limited).beyond;
+      const V apart = ref - log_prob, limited = within(apart), kl = exponential<C>(limited).beyond;
       sums.kl += take ? kl : V{};
       if (kl_coef != C{0}) {
         each += kl_coef * kl;
-        slope -= within_limit<V, M, C>(apart) ? kl_coef * (kl + limited) : V{};
+        slope -= limited == apart ? kl_coef * (kl + limited) : V{};
       }
     }
     const V ratio = take ? u : V{};
@@ -127,6 +132,7 @@ class PolicyKernel : LossTile<C> {
   int64_t terms(int count, const C* log_probs, const C* old, const C* advantages, const C* ref, C* gradient) {
     Sums sums;
     const bool keep = p.per_objective;
+    const PolicyBounds<C, V> bounds(p);  // not a member: for all the compiler knows, stores may change those
     const auto put = [&](int k, const Step& done, size_t bytes) {
       memcpy(gradient + k, &done.slope, bytes);
       if (!keep) return;
@@ -136,12 +142,12 @@ class PolicyKernel : LossTile<C> {
     int k = 0;
     for (; k + kLanes <= count; k += kLanes)
       put(k,
-          step<kReference, kTruncated>(part_of(log_probs + k), part_of(old + k), part_of(advantages + k),
+          step<kReference, kTruncated>(bounds, part_of(log_probs + k), part_of(old + k), part_of(advantages + k),
                                        part_of(ref + k), this->mask_at(k), sums),
           sizeof(V));
     if (const int rest = count - k)
       put(k,
-          step<kReference, kTruncated>(part_of(log_probs + k, rest), part_of(old + k, rest),
+          step<kReference, kTruncated>(bounds, part_of(log_probs + k, rest), part_of(old + k, rest),
                                        part_of(advantages + k, rest), part_of(ref + k, rest), this->mask_at(k), sums),
           rest * sizeof(C));
     lanes.spill(sums.loss, sums.ratio, sums.log_ratio, sums.kl, sums.ratio_max, sums.tokens, sums.high, sums.low,
@@ -161,15 +167,15 @@ class PolicyKernel : LossTile<C> {
   // For each objective: where the loss of it alone would be clipped, and how much of the gradient is its own.
   void objectives(int count) {
     const V zero{};
+    const PolicyBounds<C, V> bounds(p);
     for (int i = 0; i < p.n; ++i) {
       V share{};
       M clipped{};
       for (int k = 0; k < count; k += kLanes) {
         const V a = k + kLanes <= count ? part_of(advantage[i] + k) : part_of(advantage[i] + k, count - k);
         const V held = part_of(held_scratch + k), part = a * part_of(factor_scratch + k);
-        const M beyond = p.truncated ? (a != zero) & (held > zero + bounds.log_max)
-                                     : ((a > zero) & (held > zero + bounds.log_high)) |
-                                           ((a < zero) & (held < zero + bounds.log_low));
+        const M beyond = p.truncated ? (a != zero) & (held > bounds.log_max)
+                                     : ((a > zero) & (held > bounds.log_high)) | ((a < zero) & (held < bounds.log_low));
         clipped -= this->mask_at(k) & beyond;
         share += this->mask_at(k) ? (part < zero ? -part : part) : zero;
       }
@@ -180,7 +186,6 @@ class PolicyKernel : LossTile<C> {
   }
 
   const PolicyParams& p;
-  const PolicyBounds<C> bounds;
   PolicySums& to;
   const int tokens;     // of a tile
   const bool adjacent;  // the objectives of a token stand side by side

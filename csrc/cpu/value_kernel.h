@@ -143,6 +143,12 @@ void scale(const ScaleParams& p, int64_t first, int64_t last) {
     for (int64_t row = p.row_scales ? first / p.cols : 0, k = first; k < last; ++row) {
       const int64_t end = p.row_scales ? smaller(last, (row + 1) * p.cols) : last;
       const C factor = static_cast<C>(all * p.row_factor(row));
+      // `to` is `from`, or shares nothing with it: no element waits for another.
+#ifdef __clang__
+#pragma clang loop vectorize(assume_safety)
+#else
+#pragma GCC ivdep
+#endif
       for (; k < end; ++k) {  // 0 stays 0, whatever the factor is
         const C x = Storage<S>::load(from[k]);
         to[k] = Storage<S>::store(x == C{0} ? x : x * factor);

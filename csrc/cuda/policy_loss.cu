@@ -28,10 +28,10 @@ __device__ Outcome<C> outcome(const PolicyParams& p, const PolicyBounds<C>& boun
                               C ref) {
   Outcome<C> o{};
   const C log_ratio = log_prob - old;
-  o.bounded = to_limit<C, C>(log_ratio);
+  o.bounded = to_limit(log_ratio);
   o.u = exponential(o.bounded);
-  const auto term = p.truncated ? policy_term<true, C, bool>(bounds, log_prob, log_ratio, o.bounded, o.u, advantage)
-                                : policy_term<false, C, bool>(bounds, log_prob, log_ratio, o.bounded, o.u, advantage);
+  const auto term = p.truncated ? policy_term<true, bool>(bounds, log_prob, log_ratio, o.bounded, o.u, advantage)
+                                : policy_term<false, bool>(bounds, log_prob, log_ratio, o.bounded, o.u, advantage);
   o.loss = term.loss;
   o.factor = term.factor;
   o.slope = term.slope;
@@ -39,12 +39,12 @@ __device__ Outcome<C> outcome(const PolicyParams& p, const PolicyBounds<C>& boun
   o.low = term.low;
   o.dual = term.dual;
   if (p.ref_log_probs.data) {
-    const C apart = ref - log_prob, limited = to_limit<C, C>(apart);
+    const C apart = ref - log_prob, limited = to_limit(apart);
     o.kl = exp_beyond(limited);
     if (p.kl_coef != 0.0) {
       const C coef = static_cast<C>(p.kl_coef);
       o.loss += coef * o.kl;
-      if (within_limit<C, bool, C>(apart)) o.slope -= coef * (o.kl + limited);
+      if (limited == apart) o.slope -= coef * (o.kl + limited);
     }
   }
   return o;

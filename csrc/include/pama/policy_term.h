@@ -6,21 +6,21 @@
 
 namespace pama {
 
-// The bounds of the ratio u, and of its logarithm, in the arithmetic's type. What log_ratio is compared with is rounded
-// so that comparing is exact.
-template <class C>
+// The bounds of the ratio u, and of its logarithm, as numbers of type C or vectors of them. What log_ratio is compared
+// with is rounded so that comparing is exact.
+template <class C, class V = C>
 struct PolicyBounds {
-  C log_low, log_high, log_dual, log_max, low, high, dual, max_weight;
+  V log_low, log_high, log_dual, log_max, low, high, dual, max_weight;
 
   PAMA_HD explicit PolicyBounds(const PolicyParams& p)
-      : log_low(at_least<C>(p.log_low)),
-        log_high(at_most<C>(p.log_high)),
-        log_dual(at_most<C>(p.log_dual)),
-        log_max(at_most<C>(p.log_max)),
-        low(static_cast<C>(p.low)),
-        high(static_cast<C>(p.high)),
-        dual(static_cast<C>(p.dual)),
-        max_weight(static_cast<C>(p.max_weight)) {}
+      : log_low(V{} + at_least<C>(p.log_low)),
+        log_high(V{} + at_most<C>(p.log_high)),
+        log_dual(V{} + at_most<C>(p.log_dual)),
+        log_max(V{} + at_most<C>(p.log_max)),
+        low(V{} + static_cast<C>(p.low)),
+        high(V{} + static_cast<C>(p.high)),
+        dual(V{} + static_cast<C>(p.dual)),
+        max_weight(V{} + static_cast<C>(p.max_weight)) {}
 };
 
 template <class V, class M>
@@ -29,32 +29,27 @@ struct PolicyTerm {
   M high, low, dual;
 };
 
-template <class V, class M, class C>
-PAMA_HD M within_limit(V x) {
-  return (x >= V{} - static_cast<C>(kLogRatioLimit)) & (x <= V{} + static_cast<C>(kLogRatioLimit));
-}
-
-template <class V, class C>
-PAMA_HD V to_limit(V x) {  // NaN stays NaN
-  const V limit = V{} + static_cast<C>(kLogRatioLimit);
-  return x > limit ? limit : x < -limit ? -limit : x;
+template <class C>
+PAMA_HD C to_limit(C x) {  // NaN stays NaN
+  constexpr C kLimit = static_cast<C>(kLogRatioLimit);
+  return x > kLimit ? kLimit : x < -kLimit ? -kLimit : x;
 }
 
 // `u` is exp of `held`, which is log_ratio within its limit. Truncated: u is a weight of log_prob, else what is
 // clipped.
-template <bool kTruncated, class V, class M, class C>
-PAMA_HD PolicyTerm<V, M> policy_term(const PolicyBounds<C>& b, V log_prob, V log_ratio, V held, V u, V advantage) {
+template <bool kTruncated, class M, class C, class V>
+PAMA_HD PolicyTerm<V, M> policy_term(const PolicyBounds<C, V>& b, V log_prob, V log_ratio, V held, V u, V advantage) {
   const V zero{};
   if constexpr (kTruncated) {
-    const M high = held > zero + b.log_max;
-    const V weight = high ? zero + b.max_weight : u;
+    const M high = held > b.log_max;
+    const V weight = high ? b.max_weight : u;
     return {-(weight * advantage * log_prob), -weight, -(weight * advantage), high, M{}, M{}};
   } else {
     const M positive = advantage > zero, negative = advantage < zero;
-    const M high = positive & (held > zero + b.log_high), low = negative & (held < zero + b.log_low);
-    const M dual = negative & (held > zero + b.log_dual);
-    const V bounded = high ? zero + b.high : low ? zero + b.low : dual ? zero + b.dual : u;
-    const M flat = high | low | dual, moves = within_limit<V, M, C>(log_ratio);
+    const M high = positive & (held > b.log_high), low = negative & (held < b.log_low);
+    const M dual = negative & (held > b.log_dual);
+    const V bounded = high ? b.high : low ? b.low : dual ? b.dual : u;
+    const M flat = high | low | dual, moves = held == log_ratio;
     const V factor = flat ? zero : moves ? -u : zero;
     return {-(bounded * advantage), factor, flat ? zero : factor * advantage, high, low, dual};
   }
