@@ -33,7 +33,7 @@ NAMED_ARCHITECTURES = {
     "Blackwell": "10.0",
 }
 
-# Without traps, and errors told by errno, which nobody looks at, what only some lanes want becomes vectors too.
+# Nobody looks at errno or at floating-point traps; if they counted, GCC would not make vectors of what has a condition.
 CXX_FLAGS = "-std=c++20 -O3 -DNDEBUG -fno-math-errno -fno-trapping-math -fPIC -fvisibility=hidden"
 CXX_FLAGS += " -Wall -Wextra -Werror -Wno-psabi -Wno-ignored-attributes"
 NVCC_FLAGS = "-std=c++17 -O3 -Werror all-warnings -Xcompiler -fPIC,-fvisibility=hidden,-Wall"

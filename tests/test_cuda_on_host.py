@@ -251,7 +251,7 @@ def test_what_is_left_out_where_nobody_asks_for_it_changes_nothing(kernel, level
 @pytest.mark.parametrize("memory", ["last", "first", "last, unaligned"])
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 32, 33])
 def test_plain_calls(kernel, n, memory):
-    """One slice to eight of them, one batch of loads to several, one block or two; 33 objectives are too many."""
+    """One slice to sixteen of them, one block or two; 33 objectives are too many."""
     where = {"objectives": memory.partition(",")[0], "offset": int("unaligned" in memory)}
     weights = [0.5, -2.0, 0.0, *[1.0 / n] * n][:n]
     sizes = (1, 31, 64, 129, 300, 8192 // n, 9000 // n)
@@ -422,14 +422,18 @@ def test_fixed_weights_beyond_float32(kernel, tokens):
     torch.testing.assert_close(packed[-1], 2 * scalars[1] + 3 * scalars[2])
 
 
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("kilobytes", [100, 164, 228])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_as_much_as_the_chip_holds(kernel, dtype):
-    """Planes in 192 KB of each of two blocks go to the kernel of plain calls, a token more to the general one."""
+def test_as_much_as_the_chip_holds(kernel, device, dtype, kilobytes, offset):
+    """192 KB of planes for each of two blocks, or what they may have; a token more goes to the general kernel."""
+    device(9, kilobytes * 1024)
     n, found = 3, 64 * (64 if dtype == torch.float64 else 40) + 16  # what warps and blocks find, and a flag
-    most = 2 * (((192 * 1024 - found) // n - 16) // dtype.itemsize // 32 * 32)  # 16 bytes behind each plane
+    room = min(192, kilobytes - 1) * 1024 - found
+    most = 2 * ((room // n - 16) // dtype.itemsize // 32 * 32)  # 16 bytes behind each plane
     for tokens, expected in ((most, 2), (most + 1, 4)):
         inputs = problem((1, tokens, n), dtype)
-        got, packed, blocks = run(kernel, *inputs, 1, level="batch")
+        got, packed, blocks = run(kernel, *inputs, 1, level="batch", offset=offset)
         assert blocks == expected
         assert kernel.launches() == 1
         assert packed[:n].tolist() == (inputs[0].isfinite() & inputs[1][..., None]).sum((0, 1)).tolist()
@@ -620,13 +624,19 @@ def test_a_missing_barrier_is_noticed(tmp_path, file, before, options):
     assert any(not torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.parametrize(("unaligned", "tokens"), [(1, 4000), (0, 9000)], ids=["unaligned", "left half-way"])
-def test_what_a_gpu_would_stop_at_stops_the_host(broken_library, unaligned, tokens):
-    """The negative control: 16 bytes stored where they must not be, and a cluster's barrier that nobody waits at."""
+@pytest.mark.parametrize(
+    ("where", "tokens", "kilobytes"),
+    [({"offsets": (0, 0, 1)}, 4000, 228), ({}, 9000, 228), ({"offset": 1}, 90_000, 100)],
+    ids=["unaligned", "left half-way", "too much"],
+)
+def test_what_a_gpu_would_stop_at_stops_the_host(broken_library, where, tokens, kilobytes):
+    """The negative control: 16 bytes stored where they must not be, a cluster's barrier that nobody waits at, and more
+    shared memory than there is."""
     call = f"""
         import test_cuda_on_host as here
         kernel = here.opened(here.ctypes.CDLL({broken_library!r}))
-        here.run(kernel, *here.problem((1, {tokens}, 1)), 0, level="batch", offsets=(0, 0, {unaligned}))
+        kernel.use_device(9, {kilobytes} * 1024, 2, 50 << 20)
+        here.run(kernel, *here.problem((1, {tokens}, 1)), 0, level="batch", **{where})
     """
     command = [sys.executable, "-c", textwrap.dedent(call)]
     assert subprocess.run(command, cwd=Path(__file__).parent, check=False, capture_output=True).returncode < 0
@@ -636,13 +646,15 @@ def test_what_a_gpu_would_stop_at_stops_the_host(broken_library, unaligned, toke
 def broken_library(tmp_path_factory):
     folder = tmp_path_factory.mktemp("broken")
     cuda = shutil.copytree(ROOT / "csrc/cuda", folder / "cuda")
-    for file, right in (
-        ("direct.cuh", " && reinterpret_cast<uintptr_t>(out) % kBytes == 0"),
-        ("direct.cuh", "    if (p.meeting == Meeting::kCluster) cluster().barrier_wait();\n"),
-    ):
+    for file, right, wrong in (
+        ("direct.cuh", " && reinterpret_cast<uintptr_t>(out) % kBytes == 0", ""),
+        ("direct.cuh", "    if (p.meeting == Meeting::kCluster) cluster().barrier_wait();\n", ""),
+        ("combine.cu", "std::min(attribute_of<cudaDevAttrMaxSharedMemoryPerBlockOptin>(p.device.index), kDirectBytes)",
+         "kDirectBytes"),
+    ):  # fmt: skip
         source = (cuda / file).read_text()
         assert source.count(right) == 1
-        (cuda / file).write_text(source.replace(right, ""))
+        (cuda / file).write_text(source.replace(right, wrong))
     return build(folder, cuda).library
 
 

@@ -129,11 +129,14 @@ def test_plain_calls(n, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 2, 3, 10, 16, 17])
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 17, 32, 33])
 def test_plain_calls_of_several_blocks(n, dtype):
     """Clusters of two to eight, grids of few and of all multiprocessors, what just fits on the chip and does not."""
-    chip = torch.cuda.get_device_properties(CUDA).multi_processor_count * 192 * 1024
-    fits = chip // (n * dtype.itemsize + 5)
+    chip = torch.cuda.get_device_properties(CUDA)
+    found = 64 * (64 if dtype == torch.float64 else 40) + 16  # what warps and blocks find, and a flag
+    room = min(192 * 1024, chip.shared_memory_per_block_optin) - found
+    fits = chip.multi_processor_count * ((room // n - 16) // dtype.itemsize // 32 * 32)  # 16 bytes behind each plane
+    fits = min(fits, chip.L2_cache_size // 2 // (n * dtype.itemsize + 5))
     for tokens in (8193 // n + 1, 40_000 // n, 65536 // n, 65536 // n + 1, 300_000 // n, fits, fits + 1):
         x, options = problem((1, tokens, n), dtype, seed=tokens)
         result = combine(x.to(CUDA), **moved(options, CUDA))
@@ -161,13 +164,18 @@ def test_the_last_block_sees_all_others(elements):
     assert different.item() == 0
 
 
-@pytest.mark.parametrize("layout", ["objectives first", "a list", "rows apart", "out apart", "expanded", "reversed"])
-def test_plain_calls_in_every_layout(layout):
-    """One step from token to token, whatever it is; what has more than one goes another way."""
-    for shape in ((3, 40, 4), (5, 3001, 4)):
-        x, options = problem(shape)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [2, 3, 4, 10])
+@pytest.mark.parametrize(
+    "layout", ["objectives first", "a list", "rows apart", "out apart", "unaligned", "expanded", "reversed"]
+)
+def test_plain_calls_in_every_layout(layout, n, dtype):
+    """Read 16 bytes at a time where it stands, or brought to planes first: to the bit what it is side by side."""
+    for shape in ((3, 40, n), (5, 3001, n)):
+        x, options = problem(shape, dtype)
         there = x.to(CUDA)
         options_there = moved(options, CUDA)
+        side_by_side = combine(there, **options_there)
         if layout == "objectives first":
             there = there.movedim(-1, 0).contiguous().movedim(0, -1)
         if layout == "a list":
@@ -175,14 +183,18 @@ def test_plain_calls_in_every_layout(layout):
         if layout == "rows apart":
             there = torch.cat([there, there], 1)[:, : shape[1]]
         if layout == "out apart":
-            options_there["out"] = torch.empty((*shape[:-1], 3), device=CUDA)[..., 1]
+            options_there["out"] = torch.empty((*shape[:-1], 3), dtype=dtype, device=CUDA)[..., 1]
+        if layout == "unaligned":
+            there = torch.cat([there.new_zeros(1), there.flatten()])[1:].view(shape)
         if layout == "expanded":
             x = x[:1].expand(shape)
             there = there[:1].expand(shape)
         if layout == "reversed":
             there = there.flip(-1).unbind(-1)[::-1]
-        expected = combine(x, **options)
-        assert_like(combine(there, **options_there), expected)
+        result = combine(there, **options_there)
+        assert_like(result, combine(x, **options))
+        if layout not in ("expanded", "reversed"):  # those are other problems
+            assert_same_result(result, side_by_side)
 
 
 @pytest.mark.parametrize("level", [*LEVELS, "group"])

@@ -129,7 +129,7 @@ def build_value(device: str, *, shape: tuple[int, int]) -> Case:
     return Case(found, bytes_of(values=t.values, old_values=t.old_values, returns=t.returns, mask=mask, **gradient))
 
 
-PEER = Gate(LIGER, ROWS, 1.0)  # though it has one metric
+PEER = Gate(LIGER, ROWS, 1.0)  # though Liger's has one metric
 MIDDLE = (Gate(EAGER, OURS, 10.0, smoke=3.0), PEER)
 LARGEST = (
     PEER,

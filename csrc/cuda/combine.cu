@@ -34,11 +34,12 @@ static_assert(kThreads >= kMaxObjectives + 2, "one thread per objective, and two
 //   any                       beyond        block.cuh    2 a multiprocessor at most, 1 for 2048   the grid
 //
 // The first three rows are kDirectShapes. Plain: at level batch, asking for nothing unusual (is_direct()), and no
-// larger than the chip, which is kDirectBytes of advantages for each block and half of the second-level cache. The
-// blocks meet in the cheapest way that their number allows: within a block, in a cluster through distributed shared
-// memory (compute capability 9.0; elsewhere the grid), or in a grid that is resident as a whole, through memory. A tile
-// of block.cuh is as large as the share of a block or as a whole number of small pools, as what fits into half of a
-// multiprocessor's shared memory, or as kTileTokens. Layouts that are accessed 16 bytes at a time: see access_of().
+// larger than the chip: half of the second-level cache, and for each block kDirectBytes of planes, or what shared
+// memory a block may have, whether its layout needs planes or not. The blocks meet in the cheapest way that their
+// number allows: within a block, in a cluster through distributed shared memory (compute capability 9.0; elsewhere the
+// grid), or in a grid that is resident as a whole, through memory. A tile of block.cuh is as large as the share of a
+// block or as a whole number of small pools, as what fits into half of a multiprocessor's shared memory, or as
+// kTileTokens. Layouts that are accessed 16 bytes at a time: see access_of().
 struct ShapeRow {
   int64_t up_to, elements_per_block;
   int most_blocks;
@@ -54,7 +55,7 @@ constexpr ShapeRow kDirectShapes[] = {
     {65536, 8192, kClusterBlocks, Meeting::kCluster},
     {INT64_MAX, 4096, INT32_MAX, Meeting::kGrid},
 };
-constexpr int kDirectBytes = 192 * 1024;  // and in all no more than half of the second-level cache
+constexpr int kDirectBytes = 192 * 1024;
 
 template <class S, Kind kKind>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSM) combine_kernel(const __grid_constant__ CombineParams p) {
@@ -182,7 +183,7 @@ bool is_direct(const CombineParams& p) {
          p.n <= kDirectWarps && planes + static_cast<int64_t>(sizeof(Shared)) <= direct_shared(p) && bytes <= cache / 2;
 }
 
-// How the objectives stand, if all others stand as the first does (see access_of) and it is aligned.
+// As access_of(), but kAny where the first objective is not aligned, as the others then are not either.
 template <class S>
 Access direct_access(const CombineParams& p) {
   return reinterpret_cast<uintptr_t>(p.advantages[0].data) % kBytes ? Access::kAny : access_of(p);

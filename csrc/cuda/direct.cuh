@@ -1,9 +1,9 @@
 // The kernel of plain calls at level batch that fit on the chip: no tile, a warp to each slice of an objective, or of a
 // few that stand side by side, which loads what it needs itself, a second and a third time from a cache: the first if
-// one block does all, the second where blocks have met, as that empties the first. Objectives that cannot be read 16
-// bytes at a time as they stand are brought to shared memory first, each to a plane of its own. A lane has the same
-// tokens however they stand, so no layout changes a bit. A call of a few hundred numbers takes as long as its longest
-// chain of instructions, so this one is short.
+// one block does all, the second where blocks have met, as that empties the first. Where a warp cannot read what it
+// looks at 16 bytes at a time, objectives are brought to shared memory first, each to a plane of its own. A lane has
+// the same tokens however they stand, so no layout changes a bit. A call of a few hundred numbers takes as long as its
+// longest chain of instructions, so this one is short.
 #pragma once
 
 #include "found.cuh"
@@ -140,7 +140,8 @@ class Direct {
     return row * q.row + (t - static_cast<int64_t>(row) * p.cols) * q.col;
   }
 
-  // The block's objectives, as planes in shared memory: kBytes at a time if they stand side by side, else one by one.
+  // The block's objectives, as planes in shared memory: all of them kBytes at a time if they stand side by side, else
+  // each by the warps that look at it, entry by entry.
   __device__ __forceinline__ void make_planes() const {
     const int threads = static_cast<int>(blockDim.x), n = p.n, thread = static_cast<int>(threadIdx.x);
     if (p.access == Access::kInterleaved) {
@@ -166,12 +167,17 @@ class Direct {
       for (int f = packs * kVec + thread; f < tokens * n; f += threads)
         planes[f % n * pitch + f / n] = reinterpret_cast<const S*>(x)[f];
     } else {
+      const Plane& q = p.advantages[objective];
+      S* const to = planes + objective * pitch;
 #pragma unroll 1
-      for (int i = 0; i < n; ++i) {
-        const Plane& q = p.advantages[i];
-#pragma unroll kUnder
-        for (int k = thread; k < tokens; k += threads)
-          planes[i * pitch + k] = reinterpret_cast<const S*>(q.data)[place(q, k)];
+      for (int base = first; base < tokens; base += kUnder * step) {
+        S raw[kUnder];
+#pragma unroll
+        for (int d = 0; d < kUnder; ++d)
+          raw[d] = reinterpret_cast<const S*>(q.data)[place(q, min(base + d * step, tokens - 1))];
+#pragma unroll
+        for (int d = 0; d < kUnder; ++d)
+          if (base + d * step < tokens) to[base + d * step] = raw[d];
       }
     }
   }

@@ -306,6 +306,7 @@ inline int run_on_host(const void* kernel, dim3 blocks, int threads, void** argu
                        size_t shared) {
   std::barrier<> grid(blocks.x);
   ++host::launches;
+  if (shared > static_cast<size_t>(host::devices.at(host::device).shared_bytes - 1024)) std::terminate();
   constexpr size_t kCanary = 256;
   std::vector<std::vector<char>> memory(blocks.x, std::vector<char>(shared + 16 + kCanary, static_cast<char>(0xff)));
   std::vector<std::thread> workers;

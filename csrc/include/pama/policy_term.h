@@ -1,6 +1,8 @@
 // The clipped surrogate of one token, for scalars and for the CPU kernel's SIMD vectors alike. Host and device.
 #pragma once
 
+#include <type_traits>
+
 #include "pama/hd.h"
 #include "pama/loss.h"
 
@@ -13,14 +15,22 @@ struct PolicyBounds {
   V log_low, log_high, log_dual, log_max, low, high, dual, max_weight;
 
   PAMA_HD explicit PolicyBounds(const PolicyParams& p)
-      : log_low(V{} + at_least<C>(p.log_low)),
-        log_high(V{} + at_most<C>(p.log_high)),
-        log_dual(V{} + at_most<C>(p.log_dual)),
-        log_max(V{} + at_most<C>(p.log_max)),
-        low(V{} + static_cast<C>(p.low)),
-        high(V{} + static_cast<C>(p.high)),
-        dual(V{} + static_cast<C>(p.dual)),
-        max_weight(V{} + static_cast<C>(p.max_weight)) {}
+      : log_low(all(at_least<C>(p.log_low))),
+        log_high(all(at_most<C>(p.log_high))),
+        log_dual(all(at_most<C>(p.log_dual))),
+        log_max(all(at_most<C>(p.log_max))),
+        low(all(static_cast<C>(p.low))),
+        high(all(static_cast<C>(p.high))),
+        dual(all(static_cast<C>(p.dual))),
+        max_weight(all(static_cast<C>(p.max_weight))) {}
+
+  static PAMA_HD V all(C x) {
+    if constexpr (std::is_same_v<V, C>) {
+      return x;
+    } else {
+      return V{} + x;
+    }
+  }
 };
 
 template <class V, class M>
