@@ -303,13 +303,14 @@ def test_plain_calls_of_many_blocks(kernel, device, tokens, n, expected, capabil
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 10])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 10])
 def test_no_layout_changes_a_bit_of_plain_calls(kernel, n, dtype):
     """Objectives that 16 bytes are read of at once, or not; what stands beside them likewise; one block and two."""
     for rows, tokens in ((1, 8), (2, 350), (1, 701), (3, 1400)):
         inputs = problem((rows, tokens, n), dtype)
         expected = None
-        besides = (False, (0, 0, 0)), (True, (0, 0, 0)), *((False, o) for o in itertools.product((0, 1), repeat=3))
+        alone = ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1))
+        besides = (True, alone[0]), *((False, offsets) for offsets in alone)
         for objectives, offset, (transposed, offsets) in itertools.product(PLACES, (0, 1), besides):
             where = {"objectives": objectives, "offset": offset, "offsets": offsets, "transposed": transposed}
             got, packed, _ = run(kernel, *inputs, 7, level="batch", **where)
@@ -422,8 +423,7 @@ def test_fixed_weights_beyond_float32(kernel, tokens):
     torch.testing.assert_close(packed[-1], 2 * scalars[1] + 3 * scalars[2])
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("kilobytes", [100, 164, 228])
+@pytest.mark.parametrize(("kilobytes", "offset"), [(228, 0), (100, 0), (100, 1)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_much_as_the_chip_holds(kernel, device, dtype, kilobytes, offset):
     """192 KB of planes for each of two blocks, or what they may have; a token more goes to the general kernel."""
