@@ -253,3 +253,14 @@ def test_a_few_entries_of_every_row_differ_from_the_rest(instructions, period):
         x = torch.zeros(1024 // period, period, 1)
         x[:, : period // 8] = torch.rand(x[:, : period // 8].shape, generator=torch.Generator().manual_seed(seed)) + 0.5
         assert_moments_are_as_good_as_those_of_pytorch(x)
+
+
+@pytest.mark.parametrize("n", [1, 3, 10])
+@pytest.mark.parametrize("first", [300, 5000, 100_000])
+def test_a_long_sequence_that_begins_elsewhere(instructions, first, n):
+    """The centre of hundreds of tiles may not be that of the first of them. One row: one part sees all of it."""
+    x = torch.randn(1, 400_000, n, generator=torch.Generator().manual_seed(first))
+    x[:, :first] += 1e4 * first**-0.5
+    stats = combine(x, level="sequence").stats
+    torch.testing.assert_close(stats.std.double(), x[0].double().std(0), rtol=3e-7, atol=0)
+    torch.testing.assert_close(stats.mean.double(), x[0].double().mean(0), rtol=0, atol=1e-6 * float(x.max()))

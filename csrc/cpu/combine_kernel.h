@@ -31,6 +31,7 @@ class Kernel : Streamer<C> {
   using Streamer<C>::normalizer;
   using Streamer<C>::p;
   using Streamer<C>::stride;
+  using Streamer<C>::sums;
   using Streamer<C>::tile;
   using Streamer<C>::vec;
   using Streamer<C>::want;
@@ -56,7 +57,9 @@ class Kernel : Streamer<C> {
       if (!guess) return;
       if (++done == look_after) {
         look_after *= 4;
-        if (guess->look(p, others, moments, t)) {
+        Moments seen[kMaxObjectives];
+        for (int i = 0; i < p.n; ++i) sums.add_held(i, seen[i] = moments[i]);
+        if (guess->look(p, others, seen, t)) {
           want(guess->weights);
           if (streamed && guess->from != Guess::kNone) load<S>(t, count);
           combined = false;
@@ -64,6 +67,7 @@ class Kernel : Streamer<C> {
       }
       if (guess->from != Guess::kNone && !combined) this->template combine_tile<S>(t, count, moments);
     });
+    sums.merge_into(moments);
   }
 
   // The same for the tokens of the groups [first, last), and the maps that normalise them.
@@ -72,6 +76,7 @@ class Kernel : Streamer<C> {
     normalizer.measure(
         first, last, tile, stride, moments, [&](int64_t t, int count) { load<S>(t, count); },
         [&](int64_t t, int count) { scan_tile(t, count, moments, gram); });
+    sums.merge_into(moments);
   }
 
   // Raw moments of the samples [first, last), merged into moments[n].
@@ -158,6 +163,7 @@ class Kernel : Streamer<C> {
       load<S>(t, count);
       tokens_tile<S>(t, count, moments, shares);
     });
+    sums.merge_into(moments);
   }
 
   // The same for the tokens of the groups [first, last), and the maps that normalise them.
@@ -166,6 +172,7 @@ class Kernel : Streamer<C> {
     normalizer.measure(
         first, last, tile, stride, moments, [&](int64_t t, int count) { load<S>(t, count); },
         [&](int64_t t, int count) { tokens_tile<S>(t, count, moments, shares); });
+    sums.merge_into(moments);
   }
 
  private:
@@ -235,7 +242,7 @@ class Kernel : Streamer<C> {
     tile.ahead_step = kLine * sizeof(S);
     tile.late_many = adjacent && solves ? p.n / 5 : 0;
     const int early = p.n - tile.late_many;
-    for (int i = 0; i < p.n; ++i) tile.ahead[i] = share(i * early / p.n);
+    for (int i = 0; i < p.n; ++i) tile.ahead[i] = share(tile.late_many ? i * early / p.n : i);  // divisions take time
     tile.late = tile.late_many > 0 ? share(early) : nothing;
     tile.observed = tile.solved = {nothing, nothing};
     auto& beside = solves ? tile.solved : tile.observed;
@@ -328,13 +335,11 @@ class Kernel : Streamer<C> {
 #pragma GCC unroll 2
         for (int r = 0; r < kRows; ++r) products[r][c] += vec(row + r * step + k) * vec(column + c * step + k);
     }
-#pragma GCC unroll 2
+    double sums[kRows * kMany];
+    lanes.template sums<kRows * kMany>(products[0], sums);
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-      for (int c = 0; c < kMany; ++c) {
-        lanes.spill(products[r][c]);
-        if (i + r <= j + c) gram[(i + r) * p.n + j + c] += lanes.sum();
-      }
+      for (int c = 0; c < kMany; ++c)
+        if (i + r <= j + c) gram[(i + r) * p.n + j + c] += sums[r * kMany + c];
   }
 };
 

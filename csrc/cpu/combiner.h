@@ -231,8 +231,12 @@ class Combiner : protected Observer<C> {
     lanes.spill(sums.value);
     shares.value += lanes.sum();
     shares.used += used;
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
+    if constexpr (kN > 0) {
+      double of[kN];
+      lanes.template sums<kN>(sums.share, of);
+      for (int i = 0; i < kN; ++i) shares.weights[i] += of[i] + idle_share;
+    }
+    for (int i = 0; i < n && kN == 0; ++i) {
       lanes.spill(sums.share[i]);
       shares.weights[i] += lanes.sum() + idle_share;
     }

@@ -3,6 +3,7 @@
 
 #include <cmath>
 
+#include "held_sums.h"
 #include "isa.h"
 #include "lanes.h"
 #include "normalize_kernel.h"
@@ -31,8 +32,8 @@ class Observer {
   static V all(C x) { return V{} + x; }
   static M finite(V x) { return (x - x) == V{}; }
   static V only(M mask, V x) { return (V)((M)x & mask); }  // x where the mask is set, else 0
-  // The larger of x and 0, as integers, of which a core makes twice as many in a cycle as of floats: NaN may pass.
-  static V positive(V x) { return (V)larger((M)x, M{}); }
+  static V positive(V x) { return Sums<C>::positive(x); }
+  static C centre_of(double mean) { return HeldSums<C>::centre_of(mean); }
 
   explicit Observer(const CombineParams& params)
       : p(params),
@@ -40,16 +41,23 @@ class Observer {
         floor(params.noon ? C{0} : -kInf),
         propagate(M{} - (params.propagate ? 1 : 0)),
         near(prefetches_near(2 * kTileBytes)),
-        normalizer(params) {
+        scaled(load_scale(params)),
+        normalizer(params),
+        sums(params.n, scale, scaled, normalizer.active()) {
     lower_gates = !p.noon || p.propagate || normalizer.active();
-    scaled = false;
     can_be_plain = p.noon;
     for (int i = 0; i < p.n; ++i) {
-      scale[i] = static_cast<C>(p.scale(i));
       lower_gates |= !keeps_sign(i);
       can_be_plain &= keeps_sign(i);
-      scaled |= scale[i] != 1;
     }
+  }
+  bool load_scale(const CombineParams& params) {
+    bool some = false;
+    for (int i = 0; i < params.n; ++i) {
+      scale[i] = static_cast<C>(params.scale(i));
+      some |= scale[i] != 1;
+    }
+    return some;
   }
 
   // To be inlined early: GCC 12 takes a function that only prefetches for one without effect, and drops calls of it.
@@ -64,29 +72,30 @@ class Observer {
   bool keeps_sign(int i) const { return scale[i] > 0 && scale[i] < kInf; }
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
 
-  // Statistics of all objectives over the tile, merged into m[n]. Returns those of which all is plain, a bit for each:
-  // Noon, a positive scale, and a finite number for every valid token. What is normalised and to be kept at all is kept
-  // at once.
+  // Statistics of all objectives over the tile, merged into m[n]; or held by `sums`, which merges them later. Returns
+  // those of which all is plain, a bit for each: Noon, a positive scale, and a finite number for every valid token.
+  // What is normalised and to be kept at all is kept at once.
   //
   // One pass around a centre near the mean: the sum of the deviations then corrects both moments. The centre is the
   // mean of what came before; how far this tile's mean lies from it is itself spread that the merged m2 contains, so
   // what cancels is small against the result. The first tile has no before and looks once more.
   template <Keep kKeep>
   uint64_t observe(int64_t first, int count, Moments* m) {
-    uint64_t plain = 0;
     for (int i = 0; i < p.n; ++i) {
-      if (normalizer.active()) {
-        normalizer.apply(i, first, count, tile.x + i * stride, tile.normal);
-        plain |= observe<kKeep, true, 1>(i, count, m) << i;
+      if (sums.holds(i)) continue;
+      if (known(m[i], count)) {
+        sums.begin(i, m[i].mean, m[i].count);
       } else {
-        const int together = smaller(kTogether, p.n - i);
-        [&]<int... kMany>(std::integer_sequence<int, kMany...>) {
-          static_cast<void>(
-              ((together == kMany + 1 && (plain |= observe<kKeep, false, kMany + 1>(i, count, m) << i, true)) || ...));
-        }(std::make_integer_sequence<int, kTogether>());
-        i += together - 1;
+        sums.begin(i, mean(tile.x + i * stride, count), 0);
       }
     }
+    uint64_t plain = 0;
+    for (int i = 0; i < p.n && normalizer.active(); ++i) {
+      normalizer.apply(i, first, count, tile.x + i * stride, tile.normal);
+      plain |= observe<kKeep, true>(i, 1, count, m) << i;
+    }
+    for (int i = 0; i < p.n && !normalizer.active(); i += HeldSums<C>::kMost)
+      plain |= observe<kKeep, false>(i, smaller(HeldSums<C>::kMost, p.n - i), count, m) << i;
     return plain;
   }
 
@@ -104,28 +113,30 @@ class Observer {
     constexpr double kFar = std::numeric_limits<C>::max() / 4;
     return 4 * before.count >= count && before.max < kFar && before.min > -kFar;
   }
-  static C centre_of(double mean) {
-    const C centre = static_cast<C>(mean);
-    return centre - centre == 0 ? centre : C{0};  // the sum of huge entries has overflowed
-  }
 
   // Of the valid finite entries; if all are finite, without comparisons.
   double mean(const C* x, int count) {
-    V total{};
-    for (int k = 0; k < count; k += kLanes) total = Where<V, M>(vec(tile.valid + k)).add(total, vec(x + k));
-    lanes.spill(total);
+    lanes.spill(total(count, [&](V sum, int k) { return Where<V, M>(vec(tile.valid + k)).add(sum, vec(x + k)); }));
     if (const double sum = lanes.sum(); sum - sum == 0) return tile.valid_count > 0 ? sum / tile.valid_count : 0.0;
-    total = V{};
     M counted{};
-    for (int k = 0; k < count; k += kLanes) {
+    const V of_finite = total(count, [&](V sum, int k) {
       const V entry = vec(x + k);
       const M usable = vec(tile.valid + k) & finite(entry);
       counted -= usable;
-      total += usable ? entry : V{};
-    }
-    lanes.spill(counted, total);
+      return sum + (usable ? entry : V{});
+    });
+    lanes.spill(counted, of_finite);
     const int64_t n = lanes.count(0);
     return n > 0 ? lanes.sum(1) / static_cast<double>(n) : 0.0;
+  }
+  // Two sums, as one would wait for its own additions. add(sum, k) returns the sum with vector k.
+  template <class F>
+  static inline __attribute__((always_inline)) V total(int count, F add) {
+    V even{}, odd{};
+    int k = 0;
+    for (; k + kLanes < count; k += 2 * kLanes) even = add(even, k), odd = add(odd, k + kLanes);
+    if (k < count) even = add(even, k);
+    return even + odd;
   }
 
   // Whether all valid entries are finite; then `here` has their moments, and nothing of what follows from them.
@@ -147,76 +158,30 @@ class Observer {
     return drift - drift == 0;
   }
 
-  // What is added up of an objective of which all is plain. Comparisons are what takes the time in
-  // observe_carefully(): here a maximum or a test of integers does their work.
-  struct Sums {
-    V deviation, squares, active, low, high;
-    M counts;
-
-    void clear() {
-      deviation = squares = active = V{};
-      low = all(kInf), high = all(-kInf);
-      counts = M{};
-    }
-    // Returns A_i. kScaled: some factor is not 1, and where one is smaller A_i may be 0 and the positive part of what
-    // is processed not.
-    template <bool kScaled>
-    V add(Where<V, M> valid, Where<V, M> open, M both, V entry, V processed, V around, V factor) {
-      const V d = valid.only(entry - around), part = positive(processed), advantage = kScaled ? part * factor : part;
-      deviation += d;
-      squares += d * d;
-      low = valid.lower(entry, low);
-      high = valid.higher(entry, high);
-      active = open.add(active, advantage);
-      if (kScaled) {
-        counts = valid.add_if_positive(counts, M{} + 1, (M)part);
-        counts = open.add_if_positive(counts, M{} + kOpen, (M)advantage);
-      } else {
-        counts = valid.add_if_positive(counts, both, (M)part);
-      }
-      return advantage;
-    }
-  };
-  // Counted at once: 1 for a positive part that is not 0, and kOpen more if A_i passes its gate and is not 0.
-  static constexpr I kOpen = 1 << 16;
-  static_assert(kTileTokens < kOpen && kTileTokens < INT32_MAX / (kOpen + 1));
-  static M counted(Where<V, M> open) { return open.add(M{} + 1, M{} + kOpen); }
-
-  // Returns whether all has been plain; if not, `here` has no meaning.
-  inline __attribute__((always_inline)) bool conclude_plain(int i, const Sums& sums, C centre, int valid_count,
-                                                            bool normal, Moments& here) {
-    lanes.spill(sums.deviation, sums.squares, sums.low, sums.high, sums.active, sums.counts);
-    const double drift = lanes.sum(0);
-    const C largest = static_cast<C>(lanes.template extreme<Larger>(3)) * scale[i];  // of A_i, if that is x
-    const int64_t counts = lanes.count(5);
-    here = Moments::empty();
-    here.count = valid_count;
-    here.positive = here.nonzero = counts % kOpen;
-    here.clipped = here.nonzero - counts / kOpen;
-    conclude(here, centre);
-    return drift - drift == 0 && (normal || largest < kInf);
-  }
-
  private:
   // As many as there are registers for.
   static constexpr int kTogether = PAMA_VECTOR_BYTES == 64 ? 3 : PAMA_VECTOR_BYTES == 32 ? 2 : 1;
 
-  // Of kMany objectives from i on. kNormal: what goes on from here is tile.normal; else it is `x` itself.
-  template <Keep kKeep, bool kNormal, int kMany>
-  uint64_t observe(int i, int count, Moments* m) {
-    C centre[kMany];
-    bool fits = p.noon;
-    for (int j = 0; j < kMany; ++j) {
-      centre[j] = centre_of(known(m[i + j], count) ? m[i + j].mean : mean(tile.x + (i + j) * stride, count));
-      fits &= keeps_sign(i + j);
+  // Of `many` objectives from i on, which are folded at once. kNormal: what goes on from here is tile.normal, which
+  // holds one; else it is `x` itself.
+  template <Keep kKeep, bool kNormal>
+  uint64_t observe(int i, int many, int count, Moments* m) {
+    uint64_t fit = 0;
+    for (int j = 0; j < many; ++j) fit |= uint64_t{p.noon && keeps_sign(i + j)} << j;
+    for (int j = 0; j < many && fit != 0; j += kTogether) {
+      const int now = smaller(kTogether, many - j);
+      [&]<int... kMany>(std::integer_sequence<int, kMany...>) {
+        static_cast<void>(((now == kMany + 1 && (scaled ? add_up<kNormal, kMany + 1, true>(i, j, count)
+                                                        : add_up<kNormal, kMany + 1, false>(i, j, count),
+                                                 true)) ||
+                           ...));
+      }(std::make_integer_sequence<int, kNormal ? 1 : kTogether>());
     }
-    const uint64_t plain = !fits    ? 0
-                           : scaled ? observe_plain<kNormal, kMany, true>(i, count, centre, m)
-                                    : observe_plain<kNormal, kMany, false>(i, count, centre, m);
-    for (int j = 0; j < kMany; ++j) {
+    const uint64_t plain = fit == 0 ? 0 : sums.fold(i, many, tile.valid_count, fit, false, m);
+    for (int j = 0; j < many; ++j) {
       C* const x = tile.x + (i + j) * stride;
       if (!(plain >> j & 1)) {
-        observe_carefully<kKeep, kNormal>(i + j, x, count, centre[j], m[i + j]);
+        observe_carefully<kKeep, kNormal>(i + j, x, count, m);
       } else if (kKeep == Keep::kUnlessPlain && kNormal) {
         keep(i + j, tile.normal, count);
       }
@@ -225,7 +190,8 @@ class Observer {
   }
 
   template <Keep kKeep, bool kNormal>
-  void observe_carefully(int i, C* x, int count, C centre, Moments& m) {
+  void observe_carefully(int i, C* x, int count, Moments* m) {
+    const C centre = sums.centre[i];
     I* taken = tile.taken + i * stride;
 
     V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
@@ -265,20 +231,26 @@ class Observer {
     here.nonzero = lanes.count(8);
     here.clipped = lanes.count(9);
     conclude(here, centre);
-    merge(m, here);
+    if (const double drift = lanes.sum(0); here.count > 0 && drift - drift == 0) {
+      sums.hold(i, here.count, drift, lanes.sum(1), here.active, here.min, here.max);
+      sums.merge_if_enough(i, m[i]);
+      here.count = 0, here.active = 0.0;
+      here.min = kInf, here.max = -kInf;
+    }
+    merge(m[i], here);
   }
 
-  // The same under Noon, of those whose valid entries and A_i are all finite: a bit for each. For others nothing is
-  // done.
+  // What is to be folded of kMany objectives, as the ones from `at` on of those that are from `from` on.
   template <bool kNormal, int kMany, bool kScaled>
-  uint64_t observe_plain(int i, int count, const C* centre, Moments* m) {
-    Sums sums[kMany];
+  __attribute__((noinline)) void add_up(int from, int at, int count) {
+    const int i = from + at;
+    Sums<C> of[kMany];
     V around[kMany], factor[kMany];
     const char* ahead_of[kMany];
 #pragma GCC unroll 4
     for (int j = 0; j < kMany; ++j) {
-      sums[j].clear();
-      around[j] = all(centre[j]);
+      of[j].clear();
+      around[j] = all(sums.centre[i + j]);
       factor[j] = all(scale[i + j]);
       ahead_of[j] = tile.ahead[i + j];
     }
@@ -297,23 +269,16 @@ class Observer {
         ahead += ahead_step;
       }
       const Where<V, M> valid(vec(tile.valid + k)), open(vec(tile.not_above + k));
-      const M both = counted(open);
+      const M both = Sums<C>::counted(open);
 #pragma GCC unroll 4
       for (int j = 0; j < kMany; ++j) {
         const V entry = vec(x + j * step + k), processed = kNormal ? vec(tile.normal + k) : entry;
-        const V advantage = sums[j].template add<kScaled>(valid, open, both, entry, processed, around[j], factor[j]);
-        if (kNormal) sums[j].deviation += valid.only((processed + advantage) * 0);  // NaN if one is not finite
+        const V advantage = of[j].template add<kScaled>(valid, open, both, entry, processed, around[j], factor[j]);
+        if (kNormal) of[j].deviation += valid.only((processed + advantage) * 0);  // NaN if one is not finite
       }
     }
-    uint64_t plain = 0;
 #pragma GCC unroll 4
-    for (int j = 0; j < kMany; ++j) {
-      Moments moments;
-      if (!conclude_plain(i + j, sums[j], centre[j], tile.valid_count, kNormal, moments)) continue;
-      merge(m[i + j], moments);
-      plain |= uint64_t{1} << j;
-    }
-    return plain;
+    for (int j = 0; j < kMany; ++j) sums.put(at + j, of[j]);
   }
 
   // From what has been spilled first: deviation, squares, low, high, active.
@@ -333,12 +298,13 @@ class Observer {
   const M propagate;  // all ones if non-finite entries take part
   const bool near;    // the next tile is prefetched into the first-level cache, else into the second
   C scale[kMaxObjectives];
+  const bool scaled;  // whether a scale is not 1
   bool lower_gates;   // whether an A_i may be negative or NaN
   bool can_be_plain;  // whether all of a tile can
-  bool scaled;        // whether a scale is not 1
   Tile<C> tile;
   Lanes<C> lanes;
   Normalizer<C> normalizer;
+  HeldSums<C> sums;
 };
 
 }  // namespace PAMA_ISA

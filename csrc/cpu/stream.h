@@ -13,14 +13,10 @@ class Streamer : protected Combiner<C> {
  protected:
   using typename Combiner<C>::V;
   using typename Combiner<C>::M;
-  using typename Combiner<C>::Sums;
   template <int kN>
   using TokenSums = typename Combiner<C>::template TokenSums<kN>;
   using Combiner<C>::all;
   using Combiner<C>::can_be_plain;
-  using Combiner<C>::centre_of;
-  using Combiner<C>::conclude_plain;
-  using Combiner<C>::counted;
   using Combiner<C>::floor;
   using Combiner<C>::gapless;
   using Combiner<C>::kInf;
@@ -33,6 +29,7 @@ class Streamer : protected Combiner<C> {
   using Combiner<C>::p;
   using Combiner<C>::scale;
   using Combiner<C>::scaled;
+  using Combiner<C>::sums;
   using Combiner<C>::tile;
   using Combiner<C>::wanted;
   using Combiner<C>::weight;
@@ -58,7 +55,9 @@ class Streamer : protected Combiner<C> {
     if constexpr (kFew > 0) {
       if (!streams || count % kLanes != 0) return false;
       for (int i = 0; i < p.n; ++i)
-        if (!known(m[i], count)) return false;
+        if (!sums.holds(i) && !known(m[i], count)) return false;
+      for (int i = 0; i < p.n; ++i)
+        if (!sums.holds(i)) sums.begin(i, m[i].mean, m[i].count);
       C* const out = this->template destination<S>(t, count);
       [&]<int... kN>(std::integer_sequence<int, kN...>) {
         static_cast<void>(
@@ -121,8 +120,7 @@ class Streamer : protected Combiner<C> {
       fill(none, 0, count, S{});
     }
     const V high = all(p.log_ratio.data ? at_most<C>(p.log_high) : kInf), even = all(C{1} / kN);
-    Sums sums[kN];
-    C centre[kN];
+    Sums<C> of[kN];
     V around[kN], factor[kN], weight_of[kN];
     TokenSums<kTokens ? kN : 1> tokens;
     tokens.clear();
@@ -132,9 +130,8 @@ class Streamer : protected Combiner<C> {
     for (int i = 0; i < kN; ++i) {
       row[i] = side_by_side ? pama::PAMA_ISA::at<const S>(p.advantages[0], 0, t) + i * kBlock<C>
                             : pama::PAMA_ISA::at<const S>(p.advantages[i], 0, t);
-      sums[i].clear();
-      centre[i] = centre_of(m[i].mean);
-      around[i] = all(centre[i]);
+      of[i].clear();
+      around[i] = all(sums.centre[i]);
       factor[i] = all(scale[i]);
       weight_of[i] = V{};
       weighted[i] = false;
@@ -151,7 +148,7 @@ class Streamer : protected Combiner<C> {
         __builtin_prefetch(log_ratio + k + kTokensAhead);
       }
       const Mask valid = Mask::nonzero(mask + k), open = valid.at_most(load_vector<C>(log_ratio + k), high);
-      const M both = counted(open);
+      const M both = Sums<C>::counted(open);
       valid_count += valid.count();
       V rows[kN], a[kN], combined{};
 #pragma GCC unroll 8
@@ -159,7 +156,7 @@ class Streamer : protected Combiner<C> {
       if (side_by_side) part<kN, C>(rows, [&](int i, V entry) { a[i] = entry; });
 #pragma GCC unroll 8
       for (int i = 0; i < kN; ++i) {
-        a[i] = sums[i].template add<kScaled>(valid, open, both, a[i], a[i], around[i], factor[i]);
+        a[i] = of[i].template add<kScaled>(valid, open, both, a[i], a[i], around[i], factor[i]);
         if (!kTokens && weighted[i]) combined = valid.add(combined, weight_of[i] * a[i]);
       }
       if constexpr (kTokens) {
@@ -168,11 +165,9 @@ class Streamer : protected Combiner<C> {
       }
       if (kTokens || combine) this->put(out, k, combined);
     }
-    Moments here[kN];
-    bool plain = true;
 #pragma GCC unroll 8
-    for (int i = 0; i < kN; ++i) plain &= conclude_plain(i, sums[i], centre[i], valid_count, false, here[i]);
-    for (int i = 0; i < kN && plain; ++i) merge(m[i], here[i]);
+    for (int i = 0; i < kN; ++i) sums.put(i, of[i]);
+    const bool plain = sums.fold(0, kN, valid_count, (1 << kN) - 1, true, m);
     if constexpr (kTokens)
       if (plain) this->template add_shares<kN>(kN, tokens, valid_count, active_count, *shares);
     return plain;
