@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "bench" / "records"
 GENERATED = ("README.md", "bench/records", "docs/plots")  # a benchmark writes them; they change no figure
 PEERS = ("trl", "verl", "torchrl", "torchjd", "liger-kernel", "numba", "triton")
+PROCESSOR = Path("/proc/cpuinfo")
 UNKNOWN_CACHE = 64 << 20  # bytes, where the system does not tell
 
 
@@ -83,10 +84,11 @@ def _version(package: str) -> str:
 
 
 def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+    """Its name, and by which numbers the maker knows it: virtual machines shorten the name."""
+    lines = PROCESSOR.read_text().splitlines() if PROCESSOR.exists() else []
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    numbers = (f"{key.rpartition(' ')[2]} {said[key]}" for key in ("cpu family", "model") if key in said)
+    return ", ".join((said.get("model name") or platform.processor(), *numbers))
 
 
 def _output(*command: str) -> str:

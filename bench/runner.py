@@ -45,11 +45,14 @@ def run(name: str, suite: Iterable[Workload], device: str, *, budget_s: float, q
         if (quick and not workload.quick) or workload.device not in ("", device):
             continue
         case = prepare(workload, device, lambda _, candidate: not (quick and candidate.compiles))
+        before = timer.core_clock()
         found = measure(case, device, budget_s)
+        core = [{key: _short(us) for key, us in of.items()} for of in (before, timer.core_clock())]
         table = rows(case, found, device)
-        print(f"\n{name}: {workload.name}\n{show(table)}", flush=True)
+        medians = " and ".join(f"{of['p50_us']:.3g}" for of in core)
+        print(f"\n{name}: {workload.name}\n{show(table)}\narithmetic alone, before and after: {medians} µs", flush=True)
         record["workloads"].append(
-            {"name": workload.name, "sizes": dict(workload.sizes), "bytes": case.moved, "rows": table}
+            {"name": workload.name, "sizes": dict(workload.sizes), "bytes": case.moved, "core": core, "rows": table}
         )
         found |= {figure: {name: [value] for name, value in of.items()} for figure, of in case.figures.items()}
         gates = [{"workload": workload.name, **judge(g, found, g.bound)} for g in workload.gates if g.device == device]

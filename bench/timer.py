@@ -6,6 +6,7 @@ and what is reported besides the quantiles of each is the median of the ratios t
 
 from __future__ import annotations
 
+import functools
 import gc
 import statistics
 import time
@@ -25,6 +26,16 @@ SLOW_S = 0.1  # calls that long get the fewest rounds, so that they do not use u
 CUDA_CALLS = 8  # per block: few enough that the launch queue never fills and the host never waits for the device
 GRAPH_CALLS = 20  # captured into one CUDA graph
 SWEPT_CACHES = {"cpu": 2, "cuda": 4}  # how many times the last cache is read over; on CUDA long enough for a launch
+
+
+def core_clock(calls: int = 300) -> dict[str, float]:
+    """Quantiles of the time of arithmetic alone, on one core: the sines of 4096 numbers.
+
+    A core that is shared takes up to twice as long for them; a copy of tensors takes as long as ever. So a share of a
+    copy says little without it.
+    """
+    of, to = torch.ones(2, 4096)
+    return quantiles([host_clock(functools.partial(torch.sin, of, out=to), 1) for _ in range(calls)])
 
 
 def host_clock(call: Call, calls: int) -> float:

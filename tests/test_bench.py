@@ -61,6 +61,8 @@ def test_the_record_of_a_run(capsys):
     record = run(workload(theirs=lambda: time.sleep(1e-3) or 1.0, gates=gates))
     assert record["suite"] == "tiny" and record["header"]["torch"] == torch.__version__
     (entry,) = record["workloads"]
+    for arithmetic in entry["core"]:
+        assert 0 < arithmetic["p20_us"] <= arithmetic["p50_us"] <= arithmetic["p80_us"]
     ours, theirs = entry["rows"]
     assert [row["candidate"] for row in entry["rows"]] == [OURS, THEIRS]
     assert ours["ratio"] == 1 and theirs["ratio"] > 100 and theirs[ERROR] == 0.25
@@ -71,7 +73,12 @@ def test_the_record_of_a_run(capsys):
     assert record["gates"][2]["value"] == 6
     assert record["gates"][0] == record["gates"][1] | {"bound": 2.0, "verdict": "PASS"}
     printed = capsys.readouterr().out
-    assert "p50 µs" in printed and "theirs / ours >= 2:" in printed and "MISS" in printed
+    assert (
+        "arithmetic alone, before and after:" in printed
+        and "p50 µs" in printed
+        and "theirs / ours >= 2:" in printed
+        and "MISS" in printed
+    )
     json.dumps(record)
 
 

@@ -97,6 +97,16 @@ def test_the_environment_says_what_a_figure_depends_on():
     assert all(size >= 1 << 14 for size in header["caches"].values())
 
 
+def test_a_processor_is_known_by_its_numbers(tmp_path, monkeypatch):
+    """Virtual machines shorten the name of it."""
+    said = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n"
+    (tmp_path / "cpuinfo").write_text(said + said)
+    monkeypatch.setattr(environment, "PROCESSOR", tmp_path / "cpuinfo")
+    assert environment.environment("cpu")["cpu"] == "AMD EPYC, family 25, model 1"
+    monkeypatch.setattr(environment, "PROCESSOR", tmp_path / "none")
+    assert "," not in environment.environment("cpu")["cpu"]
+
+
 def test_a_commit_is_dirty_only_by_what_changes_a_figure(tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for path in ("bench/runner.py", "bench/records/r.json", "README.md"):
