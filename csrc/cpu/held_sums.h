@@ -1,6 +1,6 @@
-// What is added up of tiles of which all is plain (see observe.h): of one objective as vectors, of as many as a vector has
-// lanes folded to numbers at once, and of tiles, one after the other, held around one centre until they are merged into
-// moments. Included once per instruction set.
+// What is added up of tiles of which all is plain (see observe.h): of one objective as vectors, of as many as a vector
+// has lanes folded to numbers at once, and of tiles, one after the other, held around one centre until they are merged
+// into moments. Included once per instruction set.
 #pragma once
 
 #include "isa.h"
