@@ -61,7 +61,8 @@ def test_the_record_of_a_run(capsys):
     record = run(workload(theirs=lambda: time.sleep(1e-3) or 1.0, gates=gates))
     assert record["suite"] == "tiny" and record["header"]["torch"] == torch.__version__
     (entry,) = record["workloads"]
-    for arithmetic in entry["core"]:
+    before, after = entry["core"]
+    for arithmetic in (before, after):
         assert 0 < arithmetic["p20_us"] <= arithmetic["p50_us"] <= arithmetic["p80_us"]
     ours, theirs = entry["rows"]
     assert [row["candidate"] for row in entry["rows"]] == [OURS, THEIRS]

@@ -97,6 +97,12 @@ def test_the_environment_says_what_a_figure_depends_on():
     assert all(size >= 1 << 14 for size in header["caches"].values())
 
 
+def test_what_arithmetic_takes(monkeypatch):
+    assert 0 < timer.core_clock(20)["p50_us"] < 1000
+    monkeypatch.setattr(torch, "sin", lambda *_, **__: time.sleep(1e-3))
+    assert timer.core_clock(20)["p20_us"] >= 1000
+
+
 def test_a_processor_is_known_by_its_numbers(tmp_path, monkeypatch):
     """Virtual machines shorten the name of it."""
     said = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: AMD EPYC\n"

@@ -31,7 +31,7 @@ class Kernel : Streamer<C> {
   using Streamer<C>::normalizer;
   using Streamer<C>::p;
   using Streamer<C>::stride;
-  using Streamer<C>::sums;
+  using Streamer<C>::held;
   using Streamer<C>::tile;
   using Streamer<C>::vec;
   using Streamer<C>::want;
@@ -58,7 +58,7 @@ class Kernel : Streamer<C> {
       if (++done == look_after) {
         look_after *= 4;
         Moments seen[kMaxObjectives];
-        for (int i = 0; i < p.n; ++i) sums.add_held(i, seen[i] = moments[i]);
+        for (int i = 0; i < p.n; ++i) held.add_held(i, seen[i] = moments[i]);
         if (guess->look(p, others, seen, t)) {
           want(guess->weights);
           if (streamed && guess->from != Guess::kNone) load<S>(t, count);
@@ -67,7 +67,7 @@ class Kernel : Streamer<C> {
       }
       if (guess->from != Guess::kNone && !combined) this->template combine_tile<S>(t, count, moments);
     });
-    sums.merge_into(moments);
+    held.merge_into(moments);
   }
 
   // The same for the tokens of the groups [first, last), and the maps that normalise them.
@@ -76,7 +76,7 @@ class Kernel : Streamer<C> {
     normalizer.measure(
         first, last, tile, stride, moments, [&](int64_t t, int count) { load<S>(t, count); },
         [&](int64_t t, int count) { scan_tile(t, count, moments, gram); });
-    sums.merge_into(moments);
+    held.merge_into(moments);
   }
 
   // Raw moments of the samples [first, last), merged into moments[n].
@@ -163,7 +163,7 @@ class Kernel : Streamer<C> {
       load<S>(t, count);
       tokens_tile<S>(t, count, moments, shares);
     });
-    sums.merge_into(moments);
+    held.merge_into(moments);
   }
 
   // The same for the tokens of the groups [first, last), and the maps that normalise them.
@@ -172,7 +172,7 @@ class Kernel : Streamer<C> {
     normalizer.measure(
         first, last, tile, stride, moments, [&](int64_t t, int count) { load<S>(t, count); },
         [&](int64_t t, int count) { tokens_tile<S>(t, count, moments, shares); });
-    sums.merge_into(moments);
+    held.merge_into(moments);
   }
 
  private:
@@ -335,11 +335,11 @@ class Kernel : Streamer<C> {
 #pragma GCC unroll 2
         for (int r = 0; r < kRows; ++r) products[r][c] += vec(row + r * step + k) * vec(column + c * step + k);
     }
-    double sums[kRows * kMany];
-    lanes.template sums<kRows * kMany>(products[0], sums);
+    double of[kRows * kMany];
+    lanes.template sums<kRows * kMany>(products[0], of);
     for (int r = 0; r < kRows; ++r)
       for (int c = 0; c < kMany; ++c)
-        if (i + r <= j + c) gram[(i + r) * p.n + j + c] += sums[r * kMany + c];
+        if (i + r <= j + c) gram[(i + r) * p.n + j + c] += of[r * kMany + c];
   }
 };
 

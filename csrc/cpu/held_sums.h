@@ -73,7 +73,7 @@ class HeldSums {
   }
 
   // Whether something is held of objective i, and so its centre stands.
-  bool holds(int i) const { return count[i] > 0; }
+  bool any(int i) const { return count[i] > 0; }
 
   // If not: a centre for what comes now, which is merged once there is three times as much as the centre is the mean
   // of.
@@ -133,25 +133,25 @@ class HeldSums {
       counts[j] = valid[j] = 0;
     }
 
-    auto add = [&](int j) __attribute__((always_inline)) {
+    auto add_row = [&](int j) __attribute__((always_inline)) {
       positive[i + j] += counts[j] % Sums<C>::kOpen;
       open[i + j] += counts[j] / Sums<C>::kOpen;
-      hold(i + j, valid[j], drifts[j], spreads[j], actives[j], lows[j], highs[j]);
+      add(i + j, valid[j], drifts[j], spreads[j], actives[j], lows[j], highs[j]);
     };
     int64_t lacking = -1;  // negative if each lacks some
     if (many == kRows) {   // as vectors
-      for (int j = 0; j < kRows; ++j) add(j);
+      for (int j = 0; j < kRows; ++j) add_row(j);
       for (int j = 0; j < kRows; ++j) lacking &= count[i + j] - enough[i + j];
     } else {
-      for (int j = 0; j < many; ++j) add(j), lacking &= count[i + j] - enough[i + j];
+      for (int j = 0; j < many; ++j) add_row(j), lacking &= count[i + j] - enough[i + j];
     }
     for (int j = 0; j < many && lacking >= 0; ++j) merge_if_enough(i + j, m[i + j]);
     return plain;
   }
 
-  // Holds what has been added up of `valid` entries in another way.
-  inline __attribute__((always_inline)) void hold(int i, int64_t valid, double deviations, double squares, double gated,
-                                                  double smallest, double largest) {
+  // Adds what has been added up of `valid` entries in another way.
+  inline __attribute__((always_inline)) void add(int i, int64_t valid, double deviations, double squares, double gated,
+                                                 double smallest, double largest) {
     count[i] += valid;
     drift[i] += deviations;
     spread[i] += squares;
@@ -173,7 +173,7 @@ class HeldSums {
 
   // m with what is held of objective i, which goes on being held.
   void add_held(int i, Moments& m) const {
-    if (!holds(i)) return;
+    if (!any(i)) return;
     Moments here = Moments::empty();
     here.count = count[i];
     here.positive = here.nonzero = positive[i];

@@ -43,7 +43,7 @@ class Observer {
         near(prefetches_near(2 * kTileBytes)),
         scaled(load_scale(params)),
         normalizer(params),
-        sums(params.n, scale, scaled, normalizer.active()) {
+        held(params.n, scale, scaled, normalizer.active()) {
     lower_gates = !p.noon || p.propagate || normalizer.active();
     can_be_plain = p.noon;
     for (int i = 0; i < p.n; ++i) {
@@ -51,6 +51,7 @@ class Observer {
       can_be_plain &= keeps_sign(i);
     }
   }
+  // Returns whether one is not 1.
   bool load_scale(const CombineParams& params) {
     bool some = false;
     for (int i = 0; i < params.n; ++i) {
@@ -72,7 +73,7 @@ class Observer {
   bool keeps_sign(int i) const { return scale[i] > 0 && scale[i] < kInf; }
   V gated_at(V advantage, int k) { return gate(advantage, vec(tile.not_above + k), vec(tile.not_below + k)); }
 
-  // Statistics of all objectives over the tile, merged into m[n]; or held by `sums`, which merges them later. Returns
+  // Statistics of all objectives over the tile, merged into m[n]; or `held`, and merged later. Returns
   // those of which all is plain, a bit for each: Noon, a positive scale, and a finite number for every valid token.
   // What is normalised and to be kept at all is kept at once.
   //
@@ -82,11 +83,11 @@ class Observer {
   template <Keep kKeep>
   uint64_t observe(int64_t first, int count, Moments* m) {
     for (int i = 0; i < p.n; ++i) {
-      if (sums.holds(i)) continue;
+      if (held.any(i)) continue;
       if (known(m[i], count)) {
-        sums.begin(i, m[i].mean, m[i].count);
+        held.begin(i, m[i].mean, m[i].count);
       } else {
-        sums.begin(i, mean(tile.x + i * stride, count), 0);
+        held.begin(i, mean(tile.x + i * stride, count), 0);
       }
     }
     uint64_t plain = 0;
@@ -177,7 +178,7 @@ class Observer {
                            ...));
       }(std::make_integer_sequence<int, kNormal ? 1 : kTogether>());
     }
-    const uint64_t plain = fit == 0 ? 0 : sums.fold(i, many, tile.valid_count, fit, false, m);
+    const uint64_t plain = fit == 0 ? 0 : held.fold(i, many, tile.valid_count, fit, false, m);
     for (int j = 0; j < many; ++j) {
       C* const x = tile.x + (i + j) * stride;
       if (!(plain >> j & 1)) {
@@ -191,7 +192,7 @@ class Observer {
 
   template <Keep kKeep, bool kNormal>
   void observe_carefully(int i, C* x, int count, Moments* m) {
-    const C centre = sums.centre[i];
+    const C centre = held.centre[i];
     I* taken = tile.taken + i * stride;
 
     V deviation{}, squares{}, active{}, low = all(kInf), high = all(-kInf);
@@ -223,19 +224,20 @@ class Observer {
         vec(taken + k) = take;
       }
     }
-    Moments here = Moments::empty();
     lanes.spill(deviation, squares, low, high, active, counted, nonfinite, positive, nonzero, clipped);
-    here.count = lanes.count(5);
+    Moments here = Moments::empty();
     here.nonfinite = lanes.count(6);
     here.positive = lanes.count(7);
     here.nonzero = lanes.count(8);
     here.clipped = lanes.count(9);
-    conclude(here, centre);
-    if (const double drift = lanes.sum(0); here.count > 0 && drift - drift == 0) {
-      sums.hold(i, here.count, drift, lanes.sum(1), here.active, here.min, here.max);
-      sums.merge_if_enough(i, m[i]);
-      here.count = 0, here.active = 0.0;
-      here.min = kInf, here.max = -kInf;
+    const int64_t finite_count = lanes.count(5);
+    if (const double drift = lanes.sum(0); finite_count > 0 && drift - drift == 0) {
+      held.add(i, finite_count, drift, lanes.sum(1), lanes.sum(4), lanes.template extreme<Smaller>(2),
+               lanes.template extreme<Larger>(3));
+      held.merge_if_enough(i, m[i]);
+    } else {
+      here.count = finite_count;
+      conclude(here, centre);
     }
     merge(m[i], here);
   }
@@ -250,7 +252,7 @@ class Observer {
 #pragma GCC unroll 4
     for (int j = 0; j < kMany; ++j) {
       of[j].clear();
-      around[j] = all(sums.centre[i + j]);
+      around[j] = all(held.centre[i + j]);
       factor[j] = all(scale[i + j]);
       ahead_of[j] = tile.ahead[i + j];
     }
@@ -278,7 +280,7 @@ class Observer {
       }
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < kMany; ++j) sums.put(at + j, of[j]);
+    for (int j = 0; j < kMany; ++j) held.put(at + j, of[j]);
   }
 
   // From what has been spilled first: deviation, squares, low, high, active.
@@ -304,7 +306,7 @@ class Observer {
   Tile<C> tile;
   Lanes<C> lanes;
   Normalizer<C> normalizer;
-  HeldSums<C> sums;
+  HeldSums<C> held;
 };
 
 }  // namespace PAMA_ISA

@@ -29,7 +29,7 @@ class Streamer : protected Combiner<C> {
   using Combiner<C>::p;
   using Combiner<C>::scale;
   using Combiner<C>::scaled;
-  using Combiner<C>::sums;
+  using Combiner<C>::held;
   using Combiner<C>::tile;
   using Combiner<C>::wanted;
   using Combiner<C>::weight;
@@ -55,9 +55,9 @@ class Streamer : protected Combiner<C> {
     if constexpr (kFew > 0) {
       if (!streams || count % kLanes != 0) return false;
       for (int i = 0; i < p.n; ++i)
-        if (!sums.holds(i) && !known(m[i], count)) return false;
+        if (!held.any(i) && !known(m[i], count)) return false;
       for (int i = 0; i < p.n; ++i)
-        if (!sums.holds(i)) sums.begin(i, m[i].mean, m[i].count);
+        if (!held.any(i)) held.begin(i, m[i].mean, m[i].count);
       C* const out = this->template destination<S>(t, count);
       [&]<int... kN>(std::integer_sequence<int, kN...>) {
         static_cast<void>(
@@ -131,7 +131,7 @@ class Streamer : protected Combiner<C> {
       row[i] = side_by_side ? pama::PAMA_ISA::at<const S>(p.advantages[0], 0, t) + i * kBlock<C>
                             : pama::PAMA_ISA::at<const S>(p.advantages[i], 0, t);
       of[i].clear();
-      around[i] = all(sums.centre[i]);
+      around[i] = all(held.centre[i]);
       factor[i] = all(scale[i]);
       weight_of[i] = V{};
       weighted[i] = false;
@@ -166,8 +166,8 @@ class Streamer : protected Combiner<C> {
       if (kTokens || combine) this->put(out, k, combined);
     }
 #pragma GCC unroll 8
-    for (int i = 0; i < kN; ++i) sums.put(i, of[i]);
-    const bool plain = sums.fold(0, kN, valid_count, (1 << kN) - 1, true, m);
+    for (int i = 0; i < kN; ++i) held.put(i, of[i]);
+    const bool plain = held.fold(0, kN, valid_count, (1 << kN) - 1, true, m);
     if constexpr (kTokens)
       if (plain) this->template add_shares<kN>(kN, tokens, valid_count, active_count, *shares);
     return plain;
