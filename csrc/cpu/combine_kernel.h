@@ -6,39 +6,39 @@
 // and permuting objectives permutes bits.
 #include <cmath>
 
+#include "abreast.h"
 #include "isa.h"
-#include "stream.h"
 
 namespace pama {
 namespace PAMA_ISA {
 
 template <class C>
-class Kernel : Streamer<C> {
-  using typename Streamer<C>::V;
-  using typename Streamer<C>::M;
-  using Streamer<C>::adjacent;
-  using Streamer<C>::can_be_plain;
-  using Streamer<C>::centre_of;
-  using Streamer<C>::gated_at;
-  using Streamer<C>::keep;
-  using Streamer<C>::known;
-  using Streamer<C>::kLanes;
-  using Streamer<C>::kLine;
-  using Streamer<C>::lanes;
-  using Streamer<C>::lower_gates;
-  using Streamer<C>::many;
-  using Streamer<C>::mean;
-  using Streamer<C>::normalizer;
-  using Streamer<C>::p;
-  using Streamer<C>::stride;
-  using Streamer<C>::held;
-  using Streamer<C>::tile;
-  using Streamer<C>::vec;
-  using Streamer<C>::want;
-  using Streamer<C>::wanted;
+class Kernel : Abreast<C> {
+  using typename Abreast<C>::V;
+  using typename Abreast<C>::M;
+  using Abreast<C>::adjacent;
+  using Abreast<C>::can_be_plain;
+  using Abreast<C>::centre_of;
+  using Abreast<C>::gated_at;
+  using Abreast<C>::keep;
+  using Abreast<C>::known;
+  using Abreast<C>::kLanes;
+  using Abreast<C>::kLine;
+  using Abreast<C>::lanes;
+  using Abreast<C>::lower_gates;
+  using Abreast<C>::many;
+  using Abreast<C>::mean;
+  using Abreast<C>::normalizer;
+  using Abreast<C>::p;
+  using Abreast<C>::stride;
+  using Abreast<C>::held;
+  using Abreast<C>::tile;
+  using Abreast<C>::vec;
+  using Abreast<C>::want;
+  using Abreast<C>::wanted;
 
  public:
-  explicit Kernel(const CombineParams& params) : Streamer<C>(params) {}
+  explicit Kernel(const CombineParams& params) : Abreast<C>(params) {}
 
   // Statistics of the tokens [first, last), merged into moments[n], and into the Gram matrix if there is one; and their
   // combination, if it can be guessed. The guess is looked at after 1, 4, 16, ... tiles: to change it late is to repair
@@ -47,12 +47,15 @@ class Kernel : Streamer<C> {
   void scan(int64_t first, int64_t last, Moments* moments, double* gram, const Moments* others, Guess* guess) {
     int64_t done = 0, look_after = 1;
     tiles(first, last, [&](int64_t t, int count) {
-      bool combined = guess && guess->from != Guess::kNone;
-      const bool streamed = !gram && this->template stream<S>(t, count, moments, combined, nullptr);
-      if (!streamed) {
-        load<S>(t, count);
-        scan_tile(t, count, moments, gram);
-        combined = false;
+      bool combined = guess && guess->from != Guess::kNone, loaded = false;  // to scratch
+      if (gram || !this->template stream<S>(t, count, moments, combined, nullptr)) {
+        if (this->abreast) look_ahead<S>(t, count);
+        loaded = gram || !this->template observe_abreast<S>(t, count, moments, combined);
+        if (loaded) {
+          load<S>(t, count);
+          scan_tile(t, count, moments, gram);
+          combined = false;
+        }
       }
       if (!guess) return;
       if (++done == look_after) {
@@ -61,11 +64,15 @@ class Kernel : Streamer<C> {
         for (int i = 0; i < p.n; ++i) held.add_held(i, seen[i] = moments[i]);
         if (guess->look(p, others, seen, t)) {
           want(guess->weights);
-          if (streamed && guess->from != Guess::kNone) load<S>(t, count);
           combined = false;
         }
       }
-      if (guess->from != Guess::kNone && !combined) this->template combine_tile<S>(t, count, moments);
+      if (guess->from == Guess::kNone || combined) return;
+      if (loaded) {
+        this->template combine_tile<S>(t, count, moments);
+      } else {
+        weigh_tile<S>(t, count, moments);
+      }
     });
     held.merge_into(moments);
   }
@@ -145,14 +152,7 @@ class Kernel : Streamer<C> {
   template <class S>
   void weigh(int64_t first, int64_t last, const double* weights, const Moments* moments) {
     want(weights);
-    const bool together = adjacent && !p.sums && many > 2;  // then in one walk over memory
-    tiles(first, last, [&](int64_t t, int count) {
-      if (this->template stream_one<S>(t, count, moments)) return;
-      load_valid(p, t, count, tile);
-      if (together) load_objectives<S>(p, p.advantages, true, t, count, tile.x, stride);
-      for (int j = 0; j < many && !together; ++j) load_objective<S>(wanted[j], t, count, tile.x + wanted[j] * stride);
-      this->template combine_tile<S>(t, count, moments);
-    });
+    tiles(first, last, [&](int64_t t, int count) { weigh_tile<S>(t, count, moments); });
   }
 
   // Level token: statistics, solve and combination of the tokens [first, last).
@@ -181,7 +181,7 @@ class Kernel : Streamer<C> {
   // end.
   template <class F>
   void tiles(int64_t first, int64_t last, F f) const {
-    int64_t size = p.n <= Streamer<C>::kFew && last - first > stride ? (stride / 2 + 15) / 16 * 16 : stride;
+    int64_t size = p.n <= Abreast<C>::kFew && last - first > stride ? (stride / 2 + 15) / 16 * 16 : stride;
     for (int64_t t = first; t < last; t += size, size = stride)
       f(t, static_cast<int>(smaller<int64_t>(size, last - t)));
   }
@@ -214,6 +214,17 @@ class Kernel : Streamer<C> {
     } else if (out == tile.out) {
       store_plane<S>(p, p.out, t, count, out);
     }
+  }
+
+  // What is not wanted is not loaded, unless it stands beside several that are.
+  template <class S>
+  void weigh_tile(int64_t t, int count, const Moments* moments) {
+    if (this->template stream_one<S>(t, count, moments)) return;
+    const bool together = adjacent && !p.sums && many > 2;  // then in one walk over memory
+    load_valid(p, t, count, tile);
+    if (together) load_objectives<S>(p, p.advantages, true, t, count, tile.x, stride);
+    for (int j = 0; j < many && !together; ++j) load_objective<S>(wanted[j], t, count, tile.x + wanted[j] * stride);
+    this->template combine_tile<S>(t, count, moments);
   }
 
   template <class S>

@@ -99,6 +99,13 @@ class HeldSums {
     memcpy(vectors.counts[j], &sums.counts, sizeof(M));
   }
 
+  // What has been added up of each of several objectives.
+  template <int kMany>
+  struct Folded {
+    C drifts[kMany], spreads[kMany], lows[kMany], highs[kMany], actives[kMany];
+    I counts[kMany];
+  };
+
   // Of the `many` objectives from i on, at most kMost, whose sums have been put: holds those that `fit`, and of which
   // all has been plain; or none, if all would have to be. Returns which, a bit for each. kRows: a power of two, not
   // less.
@@ -108,45 +115,50 @@ class HeldSums {
     if constexpr (kRows < kMost)
       if (many > kRows) return fold<2 * kRows>(i, many, valid_count, fit, all_or_none, m);
     asm volatile("" : : "r"(&vectors) : "memory");  // for the reason told in lanes.h
-    C drifts[kRows], spreads[kRows], lows[kRows], highs[kRows], actives[kRows];
-    I counts[kRows], valid[kRows];
-    fold_rows<Add>(vectors.deviation, drifts);
-    fold_rows<Add>(vectors.squares, spreads);
-    fold_rows<Smaller>(vectors.low, lows);
-    fold_rows<Larger>(vectors.high, highs);
-    fold_rows<Add>(vectors.active, actives);
-    fold_rows<Add>(vectors.counts, counts);
+    Folded<kRows> of;
+    I valid[kRows];
+    fold_rows<Add>(vectors.deviation, of.drifts);
+    fold_rows<Add>(vectors.squares, of.spreads);
+    fold_rows<Smaller>(vectors.low, of.lows);
+    fold_rows<Larger>(vectors.high, of.highs);
+    fold_rows<Add>(vectors.active, of.actives);
+    fold_rows<Add>(vectors.counts, of.counts);
     fill(valid, 0, kRows, valid_count);
 
     bool suspect = scaled;
-    for (int j = 0; j < kRows; ++j) suspect |= !(drifts[j] - drifts[j] == 0);
+    for (int j = 0; j < kRows; ++j) suspect |= !(of.drifts[j] - of.drifts[j] == 0);
     uint64_t plain = fit;
     for (int j = 0; j < many && suspect; ++j) {
-      const C largest = highs[j] * scale[i + j];  // of A_i, if that is x
-      if (!(drifts[j] - drifts[j] == 0 && (normalized || largest < kInf))) plain &= ~(uint64_t{1} << j);
+      const C largest = of.highs[j] * scale[i + j];  // of A_i, if that is x
+      if (!(of.drifts[j] - of.drifts[j] == 0 && (normalized || largest < kInf))) plain &= ~(uint64_t{1} << j);
     }
     if (all_or_none && plain != fit) return 0;
     for (int j = 0; j < many && plain != ~uint64_t{0} >> (64 - many); ++j) {
       if (plain >> j & 1) continue;
-      drifts[j] = spreads[j] = actives[j] = C{0};
-      lows[j] = kInf, highs[j] = -kInf;
-      counts[j] = valid[j] = 0;
+      of.drifts[j] = of.spreads[j] = of.actives[j] = C{0};
+      of.lows[j] = kInf, of.highs[j] = -kInf;
+      of.counts[j] = valid[j] = 0;
     }
-
-    auto add_row = [&](int j) __attribute__((always_inline)) {
-      positive[i + j] += counts[j] % Sums<C>::kOpen;
-      open[i + j] += counts[j] / Sums<C>::kOpen;
-      add(i + j, valid[j], drifts[j], spreads[j], actives[j], lows[j], highs[j]);
-    };
-    int64_t lacking = -1;  // negative if each lacks some
-    if (many == kRows) {   // as vectors
-      for (int j = 0; j < kRows; ++j) add_row(j);
-      for (int j = 0; j < kRows; ++j) lacking &= count[i + j] - enough[i + j];
+    if (many == kRows) {  // as vectors
+      hold(of, i, 0, kRows, valid, m);
     } else {
-      for (int j = 0; j < many; ++j) add_row(j), lacking &= count[i + j] - enough[i + j];
+      hold(of, i, 0, many, valid, m);
     }
-    for (int j = 0; j < many && lacking >= 0; ++j) merge_if_enough(i + j, m[i + j]);
     return plain;
+  }
+
+  // Of the objectives from i on what has been folded of as many from j on, of valid[0..many) entries; merged if each
+  // has enough.
+  template <class F>
+  inline __attribute__((always_inline)) void hold(const F& of, int i, int j, int many, const I* valid, Moments* m) {
+    int64_t lacking = -1;  // negative if each lacks some
+    for (int l = 0; l < many; ++l) {
+      positive[i + l] += of.counts[j + l] % Sums<C>::kOpen;
+      open[i + l] += of.counts[j + l] / Sums<C>::kOpen;
+      add(i + l, valid[l], of.drifts[j + l], of.spreads[j + l], of.actives[j + l], of.lows[j + l], of.highs[j + l]);
+    }
+    for (int l = 0; l < many; ++l) lacking &= count[i + l] - enough[i + l];
+    for (int l = 0; l < many && lacking >= 0; ++l) merge_if_enough(i + l, m[i + l]);
   }
 
   // Adds what has been added up of `valid` entries in another way.
@@ -180,8 +192,8 @@ class HeldSums {
     here.clipped = positive[i] - open[i];
     settle(here, static_cast<double>(centre[i]), drift[i], spread[i]);
     here.active = active[i];
-    here.min = low[i];
-    here.max = high[i];
+    here.min = low[i] + 0.0;  // of zeros which came first depends on who looks
+    here.max = high[i] + 0.0;
     merge(m, here);
   }
 

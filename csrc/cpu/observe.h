@@ -287,8 +287,8 @@ class Observer {
   void conclude(Moments& here, C centre) {
     settle(here, static_cast<double>(centre), lanes.sum(0), lanes.sum(1));
     if (here.count > 0) {
-      here.min = lanes.template extreme<Smaller>(2);
-      here.max = lanes.template extreme<Larger>(3);
+      here.min = lanes.template extreme<Smaller>(2) + 0.0;
+      here.max = lanes.template extreme<Larger>(3) + 0.0;
     }
     here.active = lanes.sum(4);
   }

@@ -40,8 +40,8 @@ class Streamer : protected Combiner<C> {
       : Combiner<C>(params), adjacent(pama::adjacent(params.advantages, params.n, params.dtype)) {
     unbroken = !p.order && !p.sums && !p.in_place && !p.marks() && !normalizer.active();
     for (int i = 0; i < p.n; ++i) unbroken &= gapless(p.advantages[i], adjacent ? p.n : 1);
-    streams = unbroken && 1 < p.n && p.n <= kFew && can_be_plain &&
-              (!p.log_ratio.data || (p.log_ratio_dtype == p.dtype && gapless(p.log_ratio, 1)));
+    gates_unbroken = !p.log_ratio.data || (p.log_ratio_dtype == p.dtype && gapless(p.log_ratio, 1));
+    streams = unbroken && gates_unbroken && 1 < p.n && p.n <= kFew && can_be_plain;
     reads_mask = p.mask.data && size_of(p.mask_dtype) == 1 && gapless(p.mask, 1);
     distant = p.tokens() * p.n * size_of(p.dtype) > kNear;
   }
@@ -53,11 +53,7 @@ class Streamer : protected Combiner<C> {
   bool stream(int64_t t, int count, Moments* m, bool combine, TokenShares* shares) {
     bool done = false;
     if constexpr (kFew > 0) {
-      if (!streams || count % kLanes != 0) return false;
-      for (int i = 0; i < p.n; ++i)
-        if (!held.any(i) && !known(m[i], count)) return false;
-      for (int i = 0; i < p.n; ++i)
-        if (!held.any(i)) held.begin(i, m[i].mean, m[i].count);
+      if (!streams || count % kLanes != 0 || !begin_all(count, m)) return false;
       C* const out = this->template destination<S>(t, count);
       [&]<int... kN>(std::integer_sequence<int, kN...>) {
         static_cast<void>(
@@ -76,18 +72,40 @@ class Streamer : protected Combiner<C> {
       if (!unbroken || many != 1 || weight[0] == 0 || moments[wanted[0]].nonfinite > 0 || count % kLanes != 0)
         return false;
       C* const out = this->template destination<S>(t, count);
-      bool done = false;
       [&]<int... kStep>(std::integer_sequence<int, kStep...>) {
         const int step = adjacent ? p.n : 1;
-        static_cast<void>(((step == kStep + 1 && (walk_one<kStep + 1>(t, count, out), done = true)) || ...));
-      }(std::make_integer_sequence<int, 16>());
-      if (done && out == tile.out) store_plane<S>(p, p.out, t, count, out);
-      return done;
+        const bool known = ((step == kStep + 1 && (walk_one<kStep + 1>(t, count, step, out), true)) || ...);
+        if (!known) walk_one<0>(t, count, step, out);
+      }(std::make_integer_sequence<int, kShuffled>());
+      if (out == tile.out) store_plane<S>(p, p.out, t, count, out);
+      return true;
     }
     return false;
   }
 
+  // Whether each objective has a centre for the next tile. If so they begin to be held.
+  bool begin_all(int count, const Moments* m) {
+    for (int i = 0; i < p.n; ++i)
+      if (!held.any(i) && !known(m[i], count)) return false;
+    for (int i = 0; i < p.n; ++i)
+      if (!held.any(i)) held.begin(i, m[i].mean, m[i].count);
+    return true;
+  }
+
+  // The bytes that tell what is valid of a tile: the mask's own, or made in `set`.
+  const uint8_t* bytes_of_mask(int64_t t, int count, int8_t* set) const {
+    if (reads_mask) return pama::PAMA_ISA::at<const uint8_t>(p.mask, 0, t);
+    if (p.mask.data) {
+      load_mask(p, t, count, set);
+    } else {
+      memset(set, -1, count);
+    }
+    return reinterpret_cast<const uint8_t*>(set);
+  }
+
   const bool adjacent;
+  bool unbroken;        // what is read and written are the advantages themselves, which stand without gaps
+  bool gates_unbroken;  // what gates are made of, too, and is of the same type
 
  private:
   static constexpr int kNear = 1 << 20;                   // bytes: what is not larger may be in a cache of the core
@@ -173,20 +191,9 @@ class Streamer : protected Combiner<C> {
     return plain;
   }
 
-  // The bytes that tell what is valid of a tile: the mask's own, or made in `set`.
-  const uint8_t* bytes_of_mask(int64_t t, int count, int8_t* set) const {
-    if (reads_mask) return pama::PAMA_ISA::at<const uint8_t>(p.mask, 0, t);
-    if (p.mask.data) {
-      load_mask(p, t, count, set);
-    } else {
-      memset(set, -1, count);
-    }
-    return reinterpret_cast<const uint8_t*>(set);
-  }
-
-  // kStep: from one token to the next.
+  // step: from one token to the next. kStep: as of every_entry().
   template <int kStep>
-  void walk_one(int64_t t, int count, C* out) {
+  void walk_one(int64_t t, int count, int64_t step, C* out) {
     alignas(64) int8_t set[kTileTokens];
     const uint8_t* const mask = bytes_of_mask(t, count, set);
     const C* const src = pama::PAMA_ISA::at<const C>(p.advantages[wanted[0]], 0, t);
@@ -197,19 +204,14 @@ class Streamer : protected Combiner<C> {
     // The last vector of all is read entry by entry: those of the others would reach beyond the tensor, as far as this
     // objective stands behind the first.
     const int whole = count - (kStep > 1 && t + count == p.tokens() ? kLanes : 0);
-    for (int k = 0; k < whole; k += kLanes) {
-      V rows[kStep];
-      load_rows<kStep, C>(src + k * kStep, kStep, rows);
-      weigh(k, first_of<kStep, C>(rows));
-    }
+    for (int k = 0; k < whole; k += kLanes) weigh(k, every_entry<kStep>(src + k * step, step, Places<C>{}));
     for (int k = whole; k < count; k += kLanes) {
       alignas(64) C entries[kLanes];
-      load_run(src + k * kStep, kStep, kLanes, entries);
+      load_run(src + k * step, step, kLanes, entries);
       weigh(k, this->vec(entries));
     }
   }
 
-  bool unbroken;  // what is read and written are the advantages themselves, which stand without gaps
   bool streams, distant, reads_mask;
 };
 
