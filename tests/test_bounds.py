@@ -56,8 +56,8 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16):
             last = torch.eye(n)[-1]  # the only one that is read again, from the first of its entries on
             combine(x.view(1, tokens, n), level="sequence", solver="fixed", reward_weights=last)
             kept.clear()
-    for n in (2, 3, 4):  # walked over from the second tile on, if log_ratio has their dtype
-        for tokens in (2000, 1568, 2608, 1280, 944):
+    for n in (2, 3, 4, 8, 10, 16):  # walked over from the second tile on, or abreast, if log_ratio has their dtype
+        for tokens in (2000, 1568, 2608, 1280, 944, 512):
             x = at_the_end(torch.randn(tokens, n).to(dtype))
             mask, log_ratio = at_the_end(torch.rand(tokens) < 0.8), at_the_end(torch.randn(tokens).to(dtype))
             out = at_the_end(torch.empty(tokens, dtype=dtype))

@@ -35,8 +35,8 @@ class Abreast : protected Streamer<C> {
     tail = left == 0 ? 0 : kLanes;
     for (int width = 2 * kNarrow; PAMA_VECTOR_BYTES == 32 && width >= left && width >= kNarrow; width /= 2)
       tail = left == 0 ? 0 : width;
-    abreast = unbroken && adjacent && can_be_plain && this->gates_unbroken && p.n > this->kFew && full > 0 &&
-              p.n >= kUsed * (full * kLanes + tail);
+    tries_abreast = unbroken && adjacent && can_be_plain && this->gates_unbroken && p.n > this->kFew && full > 0 &&
+                    p.n >= kUsed * (full * kLanes + tail);
   }
 
   // The statistics of a tile, of which it is known what to prefetch: bit for bit what observing it by way of scratch
@@ -45,25 +45,24 @@ class Abreast : protected Streamer<C> {
   // weights wanted, and then whether that could be done.
   template <class S>
   bool observe_abreast(int64_t t, int count, Moments* m, bool& combine) {
-    if (!abreast || count % kLanes != 0) return false;
+    if (!tries_abreast || count % kLanes != 0) return false;
     const int valid_count = load_gates_abreast<S>(t, count);
-    abreast = begin_any<S>(t, count, valid_count, m);
-    if (!abreast) return false;
-    abreast = scaled ? add_columns<S, true>(t, count, m, combine) : add_columns<S, false>(t, count, m, combine);
-    if (!abreast) return false;
+    tries_abreast = begin_any<S>(t, count, valid_count, m);
+    if (!tries_abreast) return false;
+    tries_abreast = scaled ? add_columns<S, true>(t, count, m, combine) : add_columns<S, false>(t, count, m, combine);
+    if (!tries_abreast) return false;
     I valid[kLanes];
     fill(valid, 0, kLanes, valid_count);
     for (int i = 0; i < p.n; i += kLanes) held.hold(folded, i, i, smaller(kLanes, p.n - i), valid, m);
     return true;
   }
 
-  bool abreast;  // how things are stored, and all that has been seen
+  bool tries_abreast;  // as things are stored, and after all that has been seen
 
  private:
   // Entries that are added to a sum between taking it from memory and putting it back, the tokens of as many vectors of
-  // whole tokens, and the lines that these fill; and how many objectives take 8 bytes.
-  static constexpr int kTogether = 2, kBlock = kTogether * kLanes;
-  static constexpr int kFetches = kTogether * PAMA_VECTOR_BYTES > 64 ? 2 : 1;
+  // whole tokens, and how many objectives take 8 bytes.
+  static constexpr int kPair = 2, kPairTokens = kPair * kLanes;
   static constexpr int kNarrow = 8 / static_cast<int>(sizeof(C));
   // Of the lanes at least so many are in use; on AVX-512, where masks cost nothing in scratch, this has not been timed.
   static constexpr double kUsed = PAMA_VECTOR_BYTES == 64 ? 0.8 : 2.0 / 3;
@@ -208,12 +207,12 @@ class Abreast : protected Streamer<C> {
     const S* const x = pama::PAMA_ISA::at<const S>(p.advantages[0], 0, t);
     const char* ahead = tile.ahead[0];
     // What the columns and the combination have in common, cache lines and masks, is to stay near meanwhile.
-    const int chunk = larger(kTileBytes / static_cast<int>(sizeof(S)) / n / kBlock, 1) * kBlock;
+    const int chunk = larger(kTileBytes / static_cast<int>(sizeof(S)) / n / kPairTokens, 1) * kPairTokens;
     for (int k = 0, until; k < count; k = until) {
       until = smaller(k + chunk, count);
-      const int even = k + (until - k) / kBlock * kBlock;
+      const int even = k + (until - k) / kPairTokens * kPairTokens;
       for_columns([&]<int kWidth>(Width<kWidth>, int c, int i) {
-        ahead = add_blocks<kWidth, kTogether, kScaled>(x + i, i, k, even, column[c], ahead);
+        ahead = add_blocks<kWidth, kPair, kScaled>(x + i, i, k, even, column[c], ahead);
         if (even < until) add_blocks<kWidth, 1, kScaled>(x + i, i, even, until, column[c], ahead);
       });
       combine = combine && this->template stream_one<S>(t + k, until - k, m);
@@ -236,7 +235,7 @@ class Abreast : protected Streamer<C> {
   __attribute__((noinline)) const char* add_blocks(const S* x, int i, int from, int until, Column& to,
                                                    const char* ahead) {
     constexpr int tokens = kLanes / kWidth;
-    constexpr int ahead_step = kMany * kLanes * static_cast<int>(sizeof(S)) / kFetches;
+    constexpr int bytes = kMany * kLanes * static_cast<int>(sizeof(S)), fetches = bytes > 64 ? bytes / 64 : 1;
     const int64_t n = p.n;
     const bool near = this->near;
     V around, factor;
@@ -253,7 +252,7 @@ class Abreast : protected Streamer<C> {
       const S* entries = x + k * n;
       for (int r = 0; r < kWidth; ++r, entries += tokens * n) {
 #pragma GCC unroll 2
-        for (int f = 0; f < kFetches; ++f, ahead += ahead_step) near ? near_by(ahead) : further(ahead);
+        for (int f = 0; f < fetches; ++f, ahead += bytes / fetches) near ? near_by(ahead) : further(ahead);
         const int row = r * kLanes;
         V deviation = vec(to.deviation + row), squares = vec(to.squares + row), active = vec(to.active + row);
 #pragma GCC unroll 2

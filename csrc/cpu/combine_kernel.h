@@ -1,7 +1,8 @@
 // The CPU kernel of `combine`, compiled once per instruction set (csrc/cpu/isa_*.cpp).
 //
 // A tile of tokens is loaded objective by objective into cache-sized scratch, whatever its dtype and layout; everything
-// after that is one arithmetic on unit-stride vectors. Few objectives without gaps need no scratch (stream.h). Each
+// after that is one arithmetic on unit-stride vectors. Few objectives without gaps need no scratch (stream.h),
+// nor do the statistics of many side by side (abreast.h). Each
 // objective goes through the same operations in the same order wherever it stands, so duplicated objectives tie exactly
 // and permuting objectives permutes bits.
 #include <cmath>
@@ -33,6 +34,7 @@ class Kernel : Abreast<C> {
   using Abreast<C>::stride;
   using Abreast<C>::held;
   using Abreast<C>::tile;
+  using Abreast<C>::tries_abreast;
   using Abreast<C>::vec;
   using Abreast<C>::want;
   using Abreast<C>::wanted;
@@ -49,8 +51,10 @@ class Kernel : Abreast<C> {
     tiles(first, last, [&](int64_t t, int count) {
       bool combined = guess && guess->from != Guess::kNone, loaded = false;  // to scratch
       if (gram || !this->template stream<S>(t, count, moments, combined, nullptr)) {
-        if (this->abreast) look_ahead<S>(t, count);
-        loaded = gram || !this->template observe_abreast<S>(t, count, moments, combined);
+        // What is wanted of several objectives is parted anyhow.
+        const bool tries = tries_abreast && !gram && !(combined && many > 1);
+        if (tries) look_ahead<S>(t, count);
+        loaded = !tries || !this->template observe_abreast<S>(t, count, moments, combined);
         if (loaded) {
           load<S>(t, count);
           scan_tile(t, count, moments, gram);

@@ -1,6 +1,6 @@
 // Few objectives, side by side or each by itself: observed and combined in one walk over memory. AVX-512 has registers
 // for their sums; with AVX2, whose sums the compiler keeps on the stack, that still costs less than a tile. And one
-// alone, of up to 16 side by side, where the others have no weight. Included once per instruction set.
+// alone of those side by side, where the others have no weight. Included once per instruction set.
 #pragma once
 
 #include "combiner.h"
@@ -74,8 +74,8 @@ class Streamer : protected Combiner<C> {
       C* const out = this->template destination<S>(t, count);
       [&]<int... kStep>(std::integer_sequence<int, kStep...>) {
         const int step = adjacent ? p.n : 1;
-        const bool known = ((step == kStep + 1 && (walk_one<kStep + 1>(t, count, step, out), true)) || ...);
-        if (!known) walk_one<0>(t, count, step, out);
+        const bool shuffled = ((step == kStep + 1 && (walk_one<kStep + 1>(t, count, step, out), true)) || ...);
+        if (!shuffled) walk_one<0>(t, count, step, out);
       }(std::make_integer_sequence<int, kShuffled>());
       if (out == tile.out) store_plane<S>(p, p.out, t, count, out);
       return true;
