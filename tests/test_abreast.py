@@ -121,6 +121,21 @@ def test_statistics_are_those_of_the_specification(n):
     assert_close(result.advantages, expected.advantages, eager.advantages)
 
 
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("n", [8, 10, 16])
+@pytest.mark.parametrize("wanted", [1, 2, 3], ids=str)
+def test_what_is_combined_meanwhile(n, wanted):
+    """One objective, from where it stands; several, by way of scratch; at each level that has statistics of its own."""
+    x, given_tokens = tokens(n, 4 * TILE)
+    rows = {key: value.view(2, -1) for key, value in given_tokens.items()}
+    weights = torch.zeros(n)
+    weights[-wanted:] = torch.linspace(0.5, 1, wanted)
+    for options in ({"solver": "fixed", "reward_weights": weights}, {"reward_weights": 3 - weights}):
+        assert_same_result(combine(x, **options, **given_tokens), by_way_of_scratch(x, **options, **given_tokens))
+        by_rows = {"level": "sequence", **options, **rows}
+        assert_same_result(combine(x.view(2, -1, n), **by_rows), by_way_of_scratch(x.view(2, -1, n), **by_rows))
+
+
 @pytest.mark.parametrize("n", [8, 10, 16, 64])
 def test_threads_change_no_bit(threads, n):
     """Nor do parts: a first tile of which nothing counts, one with a number that is not finite."""
