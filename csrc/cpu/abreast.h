@@ -33,19 +33,18 @@ class Abreast : protected Streamer<C> {
   explicit Abreast(const CombineParams& params) : Streamer<C>(params) {
     const int full = p.n / kLanes, left = p.n % kLanes;
     tail = left == 0 ? 0 : kLanes;
-    for (int width = 2 * kNarrow; PAMA_VECTOR_BYTES == 32 && width >= left && width >= kNarrow; width /= 2)
-      tail = left == 0 ? 0 : width;
+    if (PAMA_VECTOR_BYTES == 32 && 0 < left && left <= 2 * kNarrow) tail = left <= kNarrow ? kNarrow : 2 * kNarrow;
     tries_abreast = unbroken && adjacent && can_be_plain && this->gates_unbroken && p.n > this->kFew && full > 0 &&
                     p.n >= kUsed * (full * kLanes + tail);
   }
 
   // The statistics of a tile, of which it is known what to prefetch: bit for bit what observing it by way of scratch
-  // gives. Or false, with nothing merged, if that is what has to be done: because of how things are stored, or because
-  // a number is not finite; then the tiles to come are not tried. combine: whether to combine it meanwhile, under the
+  // gives. Or false, with nothing merged, if that is what has to be done: because of its length, or because a number is
+  // not finite; then the tiles to come are not to be tried. combine: whether to combine it meanwhile, under the
   // weights wanted, and then whether that could be done.
   template <class S>
   bool observe_abreast(int64_t t, int count, Moments* m, bool& combine) {
-    if (!tries_abreast || count % kLanes != 0) return false;
+    if (count % kLanes != 0) return false;
     const int valid_count = load_gates_abreast<S>(t, count);
     tries_abreast = begin_any<S>(t, count, valid_count, m);
     if (!tries_abreast) return false;
@@ -57,7 +56,7 @@ class Abreast : protected Streamer<C> {
     return true;
   }
 
-  bool tries_abreast;  // as things are stored, and after all that has been seen
+  bool tries_abreast;  // whether to: as things are stored, and after all that has been seen
 
  private:
   // Entries that are added to a sum between taking it from memory and putting it back, the tokens of as many vectors of

@@ -1,10 +1,9 @@
 // The CPU kernel of `combine`, compiled once per instruction set (csrc/cpu/isa_*.cpp).
 //
 // A tile of tokens is loaded objective by objective into cache-sized scratch, whatever its dtype and layout; everything
-// after that is one arithmetic on unit-stride vectors. Few objectives without gaps need no scratch (stream.h),
-// nor do the statistics of many side by side (abreast.h). Each
-// objective goes through the same operations in the same order wherever it stands, so duplicated objectives tie exactly
-// and permuting objectives permutes bits.
+// after that is one arithmetic on unit-stride vectors. Few objectives without gaps need no scratch (stream.h), nor do
+// the statistics of many side by side (abreast.h). Each objective goes through the same operations in the same order
+// wherever it stands, so duplicated objectives tie exactly and permuting objectives permutes bits.
 #include <cmath>
 
 #include "abreast.h"
